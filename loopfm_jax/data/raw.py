@@ -1,0 +1,71 @@
+"""A raw log as every source delivers it: one polars frame and a description of its columns."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import polars as pl
+
+
+@dataclass(frozen=True)
+class Column:
+    """One feature column. Ids, normalisers and buckets are fitted on the FM window only."""
+
+    name: str
+    kind: Literal["categorical", "numeric", "sequence"] = "categorical"
+    min_count: int = 1
+    """Values seen less often in the FM window become the unknown id."""
+    fm_only: bool = False
+    """Only the foundation model sees it (the feature gap)."""
+    shares: str | None = None
+    """Reads the vocabulary and table of this column (a history of items reads the item's)."""
+    length: int = 50
+    """Sequences: how many values are kept, the last ones."""
+    log: bool = False
+    """Numeric: log1p before standardising."""
+    buckets: int = 0
+    """Numeric: cut into this many quantile buckets and treat as categorical."""
+
+
+@dataclass(frozen=True)
+class RawLog:
+    """`frame` has `key` (any type), `time` (int64, ms), `label` (0/1), the feature columns and,
+    where rows were shown together, `group`: all rows of one (key, group) count as one moment."""
+
+    frame: pl.DataFrame
+    columns: tuple[Column, ...]
+    item: tuple[str, ...]
+    """Columns that describe the candidate (the query of target attention)."""
+    behaviour: tuple[str, ...] = ()
+    """Columns whose values at the key's earlier positive rows form behaviour sequences."""
+    truth: tuple[str, ...] = ()
+    """Columns with known click probabilities (simulators); never features."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """Facts for the manifest: sha256 of downloads, counts."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Where the log is cut, each an ISO time with zone or a percentage of the time span.
+
+    FM window: before `fm_end`. From there on the frozen FM logs embeddings. VM window:
+    `fm_end .. vm_end`; test window: `vm_end .. test_end`.
+    """
+
+    fm_end: str = "50%"
+    vm_end: str = "85%"
+    test_end: str = "100%"
+    validation_start: str = "75%"
+    """With `holdout = validation` the VM stops here and is judged on `validation_start .. vm_end`:
+    the window on which choices are made, cut from the VM window so that the test stays unseen."""
+    holdout: Literal["test", "validation"] = "test"
+
+
+class Source(Protocol):
+    """A data set's configuration: knows how to read itself."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def windows(self) -> Windows: ...
+    def read(self) -> RawLog: ...

@@ -1,0 +1,119 @@
+"""Embedding tables: one fused table per width for all trainable fields, one gather per batch.
+
+Padding (fused id 0) embeds to zeros and receives no gradient. Frozen (pretrained) tables pass
+through one trainable, bias-free projection per field. A numeric column is a learned vector times
+its value, as in the public reference (PAPER section 5).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from loopfm_jax.data.schema import Field, Schema
+
+
+class Frozen(nnx.Variable):
+    """A value that is never trained (pretrained tables)."""
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """Shape and start of the embedding tables."""
+
+    width: int = 16
+    """E: numbers per field."""
+    init_std: float = 1e-4
+    """Standard deviation of the initial rows (the public reference: 1e-4)."""
+    row_multiple: int = 128
+    """Rows are rounded up to a multiple of this, so that any mesh divides them."""
+
+
+class Features(NamedTuple):
+    """Model inputs of a batch: ids_BC int32 (`Schema.columns`), floats_BN float32."""
+
+    ids_BC: jax.Array
+    floats_BN: jax.Array
+
+
+@struct.dataclass
+class Embedded:
+    """Looked-up features. `fields` [B,E] in schema order, numeric last; `sequences` [B,L,E]."""
+
+    features: Features
+    fields: dict[str, jax.Array]
+    sequences: dict[str, jax.Array]
+    masks: dict[str, jax.Array]
+    """Per sequence, True where a real event stands, [B,L]."""
+
+
+class Table(nnx.Module):
+    """One fused trainable table [V,E] over the owners of `schema`."""
+
+    def __init__(self, schema: Schema, config: TableConfig, *, rngs: nnx.Rngs):
+        rows = -(-schema.table_rows // config.row_multiple) * config.row_multiple
+        shape = (rows, config.width)
+        self.rows_VE = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Fused ids of any shape -> rows [..., E]; padding gives zeros."""
+        rows = self.rows_VE[...].at[ids].get(mode="promise_in_bounds")
+        return jnp.where(ids[..., None] > 0, rows, 0)
+
+
+class Embedder(nnx.Module):
+    """All features of a batch -> `Embedded`.
+
+    Args:
+      schema: fields to look up.
+      config: width and initial scale.
+      frozen: pretrained tables by name of the owning field, [V, frozen_width] (zeros if absent).
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        config: TableConfig,
+        *,
+        rngs: nnx.Rngs,
+        frozen: dict[str, jax.Array] | None = None,
+    ):
+        self.schema = schema
+        self.table = Table(schema, config, rngs=rngs)
+        shape = (len(schema.numeric), config.width)
+        self.numeric_NE = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape))
+        self.frozen = nnx.Dict()
+        self.project = nnx.Dict()
+        for f in (f for f in schema.fields if f.frozen_width):
+            if not f.shares:
+                values = (frozen or {}).get(f.name, jnp.zeros((f.rows, f.frozen_width)))
+                self.frozen[f.name] = Frozen(values)
+            kernel = nnx.initializers.xavier_normal()
+            self.project[f.name] = nnx.Linear(
+                f.frozen_width, config.width, use_bias=False, kernel_init=kernel, rngs=rngs
+            )
+
+    def _frozen(self, f: Field, ids: jax.Array) -> jax.Array:
+        rows = self.frozen[f.shares or f.name][...][ids]
+        return self.project[f.name](jnp.where(ids[..., None] > 0, rows, 0))
+
+    def __call__(self, features: Features) -> Embedded:
+        columns = self.schema.columns
+        rows_BCE = self.table(features.ids_BC)
+        embedded = {
+            f.name: self._frozen(f, features.ids_BC[:, columns[f.name]])
+            if f.frozen_width
+            else rows_BCE[:, columns[f.name]]
+            for f in self.schema.fields
+        }
+        numeric_BNE = features.floats_BN[:, :, None] * self.numeric_NE[...][None]
+        numeric = {n.name: numeric_BNE[:, i] for i, n in enumerate(self.schema.numeric)}
+        sequences = self.schema.sequences
+        return Embedded(
+            features=features,
+            fields={f.name: embedded[f.name][:, 0] for f in self.schema.categorical} | numeric,
+            sequences={f.name: embedded[f.name] for f in sequences},
+            masks={f.name: features.ids_BC[:, columns[f.name]] > 0 for f in sequences},
+        )
