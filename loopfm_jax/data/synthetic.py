@@ -109,12 +109,8 @@ class Synthetic:
         streams = np.random.SeedSequence(self.seed).spawn(5)
         people, goods, visits, signals, clicks = (np.random.default_rng(s) for s in streams)
         users = _draw_users(self, people)
-        shelf = draw_shelf(
-            goods,
-            places=self.topics * self.items_per_topic,
-            days=self.days,
-            half_life_days=self.item_half_life_days,
-        )
+        places, life = self.topics * self.items_per_topic, self.item_half_life_days
+        shelf = draw_shelf(goods, places=places, days=self.days, half_life_days=life)
         feed = _draw_feed(self, users, shelf, visits)
         noise_R = signals.integers(self.topics, size=len(feed.user_R))
         true_R = signals.random(len(feed.user_R)) < self.gap
