@@ -38,6 +38,9 @@ class RawLog:
     """Columns that describe the candidate (the query of target attention)."""
     behaviour: tuple[str, ...] = ()
     """Columns whose values at the key's earlier positive rows form behaviour sequences."""
+    behaviour_length: int = 50
+    duplicates: int = 0
+    """Exact duplicate rows of the files, dropped."""
     truth: tuple[str, ...] = ()
     """Columns with known click probabilities (simulators); never features."""
     notes: Mapping[str, Any] = field(default_factory=dict)
@@ -61,6 +64,16 @@ class Windows:
     holdout: Literal["test", "validation"] = "test"
 
 
+@dataclass(frozen=True)
+class Card:
+    """What the stored data set says about its origin."""
+
+    description: str
+    homepage: str = ""
+    citation: str = ""
+    license: str = ""
+
+
 class Source(Protocol):
     """A data set's configuration: knows how to read itself."""
 
@@ -68,4 +81,9 @@ class Source(Protocol):
     def name(self) -> str: ...
     @property
     def windows(self) -> Windows: ...
+    @property
+    def card(self) -> Card: ...
     def read(self) -> RawLog: ...
+    def fingerprint(self) -> dict[str, str]:
+        """What the log is made from: file -> sha256. A stage is redone when it changes."""
+        ...

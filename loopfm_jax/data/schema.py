@@ -26,6 +26,8 @@ class Field:
     fm_only: bool = False
     frozen_width: int = 0
     """Width of the pretrained, never trained table behind this field; 0 = an ordinary field."""
+    from_log: bool = False
+    """Not stored: made on loading, from the earlier positive rows of the same key."""
 
 
 @dataclass(frozen=True)

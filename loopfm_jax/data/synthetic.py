@@ -21,7 +21,7 @@ import polars as pl
 from numpy.random import Generator
 
 from loopfm_jax.data.bayes import Floats, Ints, Law, Requests, click_probabilities
-from loopfm_jax.data.raw import Column, RawLog, Windows
+from loopfm_jax.data.raw import Card, Column, RawLog, Windows
 from loopfm_jax.data.shelf import DAY_MS, OWN, TAG, Shelf, draw_shelf
 from loopfm_jax.errors import UserError
 
@@ -103,6 +103,13 @@ class Synthetic:
                     f"synthetic data: {name} is {value}, but must lie between {low:g} and "
                     f"{high:g}; set --data.{name.replace('_', '-')} within these limits"
                 )
+
+    @property
+    def card(self) -> Card:
+        return Card(description="A simulated feed whose every click probability is known.")
+
+    def fingerprint(self) -> dict[str, str]:
+        return {}
 
     def read(self) -> RawLog:
         """Simulates the log; about 4 seconds and 1 GB for 3 million rows on one core."""

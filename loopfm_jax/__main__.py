@@ -1,0 +1,5 @@
+"""`python -m loopfm_jax`."""
+
+from loopfm_jax.cli import main
+
+main()

@@ -1,0 +1,89 @@
+"""Orbax checkpoints: the whole training state with the data position, and final models.
+
+Orbax restores a flipped bit without a word, so final models live in a stage folder whose manifest
+holds the sha256 of every file.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh
+
+from loopfm_jax import sharding
+
+
+class Saver:
+    """Periodic checkpoints of (state, data iterator) under a folder; a context manager."""
+
+    def __init__(self, directory: Path, *, every: int):
+        self._directory, self._every = directory / "checkpoints", every
+        self._manager: ocp.CheckpointManager | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+            self._manager.close()
+        if kind is None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+            self._manager = ocp.CheckpointManager(self._directory.resolve(), options=options)
+        return self._manager
+
+    def due(self, step: int) -> bool:
+        return step % self._every == 0
+
+    def save(self, step: int, state: Any, batches: grain.DatasetIterator, curve: Any) -> None:
+        manager = self._open()
+        manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=grain.checkpoint.CheckpointSave(batches),
+                curve=ocp.args.JsonSave(curve),
+            ),
+        )
+
+    def restore(self, state: Any, batches: grain.DatasetIterator) -> tuple[Any, Any]:
+        """(state, curve) of the newest checkpoint, with the shardings of `state`; moves `batches`
+        to its position. (`state`, None) where there is none."""
+        manager = self._open() if self._directory.exists() else None
+        if manager is None or manager.latest_step() is None:
+            return state, None
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)),
+            data=grain.checkpoint.CheckpointRestore(batches),
+            curve=ocp.args.JsonRestore(),
+        )
+        restored = manager.restore(manager.latest_step(), args=args)
+        return restored["state"], restored["curve"]
+
+
+def save_model(model: nnx.Module, directory: Path) -> None:
+    """Everything that inference needs, under `directory`/model."""
+    with ocp.StandardCheckpointer() as saver:
+        saver.save((directory / "model").resolve(), nnx.to_pure_dict(nnx.state(model)))
+
+
+def load_model(build: Callable[[nnx.Rngs], nnx.Module], directory: Path, mesh: Mesh) -> nnx.Module:
+    """The model that `save_model` wrote, onto any mesh."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    shapes = nnx.to_pure_dict(state)
+    target = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        sharding.for_state(mesh, shapes),
+    )
+    with ocp.StandardCheckpointer() as reader:
+        return nnx.merge(graphdef, reader.restore((directory / "model").resolve(), target))

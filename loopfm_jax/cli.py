@@ -1,0 +1,200 @@
+"""`loopfm <command> <configuration file> [options]`: one table of commands that reads as the flow."""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+
+from loopfm_jax import __version__, report, results, stages
+from loopfm_jax.config import Config, as_json, load
+from loopfm_jax.data.batches import GlobalBatches, OrderConfig, iterate
+from loopfm_jax.errors import UserError
+from loopfm_jax.flow import Flow
+from loopfm_jax.inputs import open_inputs
+from loopfm_jax.progress import say
+
+CONTROLS = ("swapped-histories", "shuffled-labels")
+XLA_CACHE = Path("~/.cache/loopfm_jax/xla")
+
+
+def prepare(flow: Flow) -> dict[str, Any]:
+    """raw log -> prepared log"""
+    facts = flow.prepare()["facts"]
+    dropped = facts["rows"]["duplicates_dropped"]
+    if dropped:
+        say(f"prepare: dropped {dropped:,} exact duplicate rows")
+    say(f"input: {_input_rate(flow) / 1e6:.1f} M rows/s into host batches")
+    return facts
+
+
+def train_fm(flow: Flow) -> dict[str, Any]:
+    """the teacher and its compressor, on the FM window"""
+    return _without_curve(flow.train_fm())
+
+
+def export(flow: Flow) -> dict[str, Any]:
+    """codes and soft labels of everything after the FM window"""
+    return flow.export()["facts"]
+
+
+def structure(flow: Flow) -> dict[str, Any]:
+    """exported rows -> time-ordered histories per key"""
+    return flow.structure()["facts"]
+
+
+def train_vm(flow: Flow) -> dict[str, Any]:
+    """every requested method and seed, and the controls"""
+    config, trained = flow.config, {}
+    seeds = range(config.seed, config.seed + config.seeds)
+    for method in dict.fromkeys(("base", *config.methods)):
+        trained[method] = [_without_curve(flow.train_vm(method, seed)) for seed in seeds]
+    for control in config.control:
+        other, histories = results.controlled(flow, control)
+        if other is not flow:
+            say(f"control {control}: another FM")
+            other.train_fm(), other.export(), other.structure()
+        for seed in seeds:
+            other.train_vm(results.CONTROL_METHOD, seed, histories)
+    return trained
+
+
+def evaluate(flow: Flow) -> dict[str, Any]:
+    """metrics of the trained methods on the test window, and the report"""
+    found = results.collect(flow, command="loopfm " + " ".join(sys.argv[1:]))
+    report.write(found, flow.root)
+    print(report.table(found), file=sys.stderr)
+    say(f"report: {(flow.root / 'report.html').resolve()}")
+    return results.headline(found)
+
+
+def render(flow: Flow) -> dict[str, Any]:
+    """report.md and report.html again, from report.json"""
+    path = flow.root / "report.json"
+    if not path.exists():
+        raise UserError(f"{path} is missing: run `loopfm evaluate` first")
+    report.write(json.loads(path.read_text()), flow.root)
+    return {"report": str(flow.root / "report.html")}
+
+
+def run(flow: Flow) -> dict[str, Any]:
+    """all of them"""
+    for stage in (prepare, train_fm, export, structure, train_vm):
+        stage(flow)
+    return evaluate(flow)
+
+
+COMMANDS: dict[str, Callable[[Flow], dict[str, Any]]] = {
+    "prepare": prepare,
+    "train-fm": train_fm,
+    "export": export,
+    "structure": structure,
+    "train-vm": train_vm,
+    "evaluate": evaluate,
+    "report": render,
+    "run": run,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point. Exit status 2 on a user's mistake, with one message and no traceback."""
+    try:
+        print(json.dumps(_dispatch(list(sys.argv[1:] if argv is None else argv))))
+    except UserError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command again to go on", status=130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
+            raise
+        _fail(_disk_message(error))
+
+
+def _dispatch(argv: list[str]) -> dict[str, Any]:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        sys.exit(0 if argv else 2)
+    if argv[0] == "--version":
+        print(f"loopfm {__version__}")
+        sys.exit(0)
+    command, *rest = argv
+    if command not in COMMANDS:
+        raise UserError(f"no command {command!r}: commands are {', '.join(COMMANDS)}")
+    if not rest or rest[0].startswith("-"):
+        raise UserError(f"which configuration? loopfm {command} configs/synthetic.py [options]")
+    config = parse(Path(rest[0]), rest[1:], command=command)
+    _quiet()
+    config.workdir.mkdir(parents=True, exist_ok=True)
+    (config.workdir / "config.json").write_text(json.dumps(as_json(config), indent=1))
+    return COMMANDS[command](Flow(config))
+
+
+def parse(path: Path, options: Sequence[str], *, command: str = "run") -> Config:
+    """The configuration of a file with command-line options on top."""
+    options = list(options)
+    if "--control" in options:  # bare: all of them
+        at = options.index("--control") + 1
+        if at == len(options) or options[at].startswith("-"):
+            options[at:at] = CONTROLS
+    return tyro.cli(
+        Config,
+        default=load(path),
+        args=options,
+        prog=f"loopfm {command} {path}",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def _usage() -> str:
+    lines = [f"  {name:10} {function.__doc__}" for name, function in COMMANDS.items()]
+    return "\n".join(
+        ["loopfm <command> <configuration.py> [options]", "", *lines, "", "options of a "
+         "configuration: loopfm <command> <configuration.py> --help"]
+    )
+
+
+def _fail(message: str, *, status: int = 2) -> None:
+    print(f"loopfm: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _disk_message(error: OSError) -> str:
+    path = Path(error.filename or ".").absolute()
+    while not path.exists():
+        path = path.parent
+    free = shutil.disk_usage(path).free
+    return (
+        f"{error.strerror}: {error.filename or path} ({free:,} bytes free there); free some space "
+        "or choose another --workdir; nothing half-written was kept as complete"
+    )
+
+
+def _quiet() -> None:
+    """Libraries keep to warnings; compiled programs are kept between runs."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(XLA_CACHE.expanduser())
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _input_rate(flow: Flow) -> float:
+    """Rows/s of the FM's input pipeline on the FM window, assembled into host batches."""
+    inputs = open_inputs(flow.data, reader="vm", behaviours=False)
+    rows = inputs.rows("fm")
+    batches = GlobalBatches(np.resize(rows, 500_000), inputs.batch, config=OrderConfig(batch=4096))
+    started = time.monotonic()
+    count = sum(len(batch["label_B"]) for batch in iterate(batches))
+    return count / (time.monotonic() - started)
+
+
+def _without_curve(manifest: stages.Report) -> dict[str, Any]:
+    return {k: v for k, v in manifest["facts"].items() if k != "curve"} | manifest["measured"]

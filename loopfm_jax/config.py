@@ -1,0 +1,80 @@
+"""One experiment = one `Config`, built by a file's `get_config()` and overridden by the command line."""
+
+import runpy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from loopfm_jax.data.kuairand import KuaiRandPure
+from loopfm_jax.data.synthetic import Synthetic
+from loopfm_jax.data.tabular import TabularLog
+from loopfm_jax.errors import UserError
+from loopfm_jax.fm.export import ExportConfig
+from loopfm_jax.fm.teacher import FMConfig
+from loopfm_jax.history.slices import SliceConfig
+from loopfm_jax.sharding import MeshConfig
+from loopfm_jax.vm.methods import find_method
+from loopfm_jax.vm.student import VMConfig
+
+Control = Literal["swapped-histories", "shuffled-labels"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole LoopFM experiment."""
+
+    data: Synthetic | KuaiRandPure | TabularLog = field(default_factory=Synthetic)
+    fm: FMConfig = field(default_factory=FMConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    history: SliceConfig = field(default_factory=SliceConfig)
+    vm: VMConfig = field(default_factory=VMConfig)
+    methods: tuple[str, ...] = ("base", "kd", "loopfm", "kd+loopfm")
+    """Transfer methods to compare; `base` is always trained."""
+    control: tuple[Control, ...] = ()
+    """Extra VMs that must lose the gain: histories of other keys, an FM trained on shuffled labels."""
+    seeds: int = 1
+    """VMs per method; the FM is trained once, with the first seed."""
+    seed: int = 0
+    """The first seed."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    workdir: Path = Path("runs/default")
+    """Where everything is written."""
+    force: bool = False
+    """Redo stages even if they are up to date or were made with another configuration."""
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            find_method(method)
+        if self.seeds < 1:
+            raise UserError(f"seeds is {self.seeds}; at least 1 is needed")
+
+
+def load(path: Path) -> Config:
+    """Runs `get_config()` of a Python file.
+
+    Raises:
+      UserError: no such file, no `get_config`, or it returns something else.
+    """
+    if not path.is_file():
+        raise UserError(f"no configuration file {path}; see configs/ for examples")
+    get_config: Callable[[], Any] | None = runpy.run_path(str(path)).get("get_config")
+    if get_config is None:
+        raise UserError(f"{path} defines no get_config()")
+    config = get_config()
+    if not isinstance(config, Config):
+        raise UserError(f"get_config() of {path} returned {type(config).__name__}, not a Config")
+    return config
+
+
+def as_json(part: Any) -> Any:
+    """A part of a configuration as JSON values."""
+    return _plain(asdict(part))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,70 @@
+"""Raw files -> frames, with errors that name the file, the column and the fix."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow
+
+from loopfm_jax.data.checks import require_columns
+from loopfm_jax.errors import UserError
+
+PARQUET = (".parquet", ".pq")
+
+
+def find_table(folder: Path, name: str, *, needed: bool = True) -> Path | None:
+    """`name.csv` or `name.csv.gz` in `folder` or its `data/` sub-folder (the release's layout)."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: check --data.raw-dir")
+    for parent in (folder, folder / "data"):
+        for suffix in (".csv", ".csv.gz"):
+            if (parent / (name + suffix)).exists():
+                return parent / (name + suffix)
+    if needed:
+        raise UserError(f"{folder} holds neither {name}.csv nor {name}.csv.gz")
+    return None
+
+
+def read_csv(
+    path: Path | None, columns: Iterable[str], *, types: Mapping[str, Any] | None = None
+) -> pl.DataFrame:
+    """A CSV file (gzip or not) that has at least these columns; without a type: as strings.
+
+    Raises:
+      UserError: a column is missing, a value has the wrong type, or the file is cut off.
+    """
+    assert path is not None
+    try:
+        header = pl.read_csv(path, n_rows=0).columns
+        require_columns(header, columns, where=path)
+        whole = {name: pl.String for name in header} | dict(types or {})
+        return pl.read_csv(path, schema_overrides=whole)
+    except (pl.exceptions.PolarsError, OSError, EOFError) as error:
+        raise UserError(f"{path} cannot be read: {_first_line(error)}") from None
+
+
+def read_parquet(path: Path, columns: Iterable[str]) -> pl.DataFrame:
+    """A Parquet file that has at least these columns."""
+    try:
+        require_columns(pl.read_parquet_schema(path), columns, where=path)
+        return pl.read_parquet(path)
+    except (pl.exceptions.PolarsError, pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} cannot be read: {_first_line(error)}") from None
+
+
+def read_table(path: Path, columns: Iterable[str]) -> pl.DataFrame:
+    """A CSV or Parquet file, by its suffix; CSV columns come as strings."""
+    if path.suffix in PARQUET:
+        return read_parquet(path, columns)
+    return read_csv(path, columns)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def drop_duplicates(frame: pl.DataFrame) -> tuple[pl.DataFrame, int]:
+    """Without exact duplicates (all columns of the file alike), and how many there were."""
+    kept = frame.unique(maintain_order=True)
+    return kept, len(frame) - len(kept)

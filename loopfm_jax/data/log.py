@@ -1,0 +1,105 @@
+"""A prepared log in memory: columns by name, and feature batches for any part of its schema."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from loopfm_jax.data.encode import Ragged
+from loopfm_jax.data.schema import Schema
+
+FIXED = ("ids", "floats", "label", "time", "logged_time", "key", "example_id", "truth")
+
+
+@dataclass(frozen=True)
+class Log:
+    """Rows in time order. `ids` [rows, F] fused int32, `ragged` by field, `label` uint8,
+    `time`, `logged_time` int64 ms, `key` int64."""
+
+    schema: Schema
+    columns: Mapping[str, np.ndarray]
+    ragged: Mapping[str, Ragged]
+    truth: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.columns["label"])
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.columns[name]
+
+    @cached_property
+    def starts(self) -> dict[str, np.ndarray]:
+        """First value of every row, per ragged column."""
+        return {
+            name: np.concatenate([[0], np.cumsum(r.lengths[:-1], dtype=np.int64)])
+            for name, r in self.ragged.items()
+        }
+
+    def select(self, schema: Schema) -> "Log":
+        """The log as a model with a smaller schema sees it, ids in that schema's own space."""
+        kept = [i for i, f in enumerate(self.schema.categorical) if f in schema.categorical]
+        kept_floats = [i for i, n in enumerate(self.schema.numeric) if n in schema.numeric]
+        old, new = self.schema.offsets, schema.offsets
+        shift = np.array([new[f.name] - old[f.name] for f in schema.categorical], np.int32)
+        columns = dict(self.columns)
+        columns["ids"] = self["ids"][:, kept] + shift
+        if schema.numeric:
+            columns["floats"] = self["floats"][:, kept_floats]
+        else:
+            columns.pop("floats", None)
+        ragged = {
+            f.name: replace(
+                self.ragged[f.name],
+                values=self.ragged[f.name].values + np.int32(new[f.name] - old[f.name]),
+            )
+            for f in schema.sequences
+            if not f.from_log
+        }
+        return Log(schema, columns, ragged, self.truth)
+
+    def padded(self, name: str, rows: np.ndarray, *, length: int) -> np.ndarray:
+        """Values of a ragged column at `rows` as [B, length], padded with 0 in front."""
+        ragged, start = self.ragged[name], self.starts[name]
+        return pad_front(ragged.values, start[rows] + ragged.lengths[rows],
+                         ragged.lengths[rows], length=length)
+
+
+def pad_front(
+    values: np.ndarray, end: np.ndarray, count: np.ndarray, *, length: int
+) -> np.ndarray:
+    """Slices `values[end - count : end]` as [B, length, ...]: the last `length`, 0 in front."""
+    if not len(values):
+        return np.zeros((len(end), length, *values.shape[1:]), values.dtype)
+    index_BL = end[:, None] - length + np.arange(length)
+    real_BL = index_BL >= (end - count)[:, None]
+    taken = values[np.where(real_BL, index_BL, 0)]
+    return np.where(real_BL.reshape(real_BL.shape + (1,) * (values.ndim - 1)), taken, 0)
+
+
+def load(directory: Path) -> tuple[Log, dict[str, slice]]:
+    """The whole prepared log of a folder and the rows of each window."""
+    from loopfm_jax.data import builder  # TFDS takes a second to import: only where it is used
+
+    facts = json.loads((directory / "schema.json").read_text())
+    parts = {s: builder.read(directory / facts["folder"], (s,)) for s in ("fm", "vm", "test")}
+    names = parts["fm"]
+    columns = {n: np.concatenate([p[n] for p in parts.values()]) for n in names}
+    ragged = {
+        n.removesuffix("/values"): Ragged(columns[n], columns[n.removesuffix("values") + "lengths"])
+        for n in columns
+        if n.endswith("/values")
+    }
+    splits, start = {}, 0
+    for name, part in parts.items():
+        splits[name] = slice(start, start + len(part["label"]))
+        start = splits[name].stop
+    log = Log(
+        schema=Schema.from_json(facts["schema"]),
+        columns={n: columns[n] for n in FIXED if n in columns},
+        ragged=ragged,
+        truth=tuple(facts["truth"]),
+    )
+    return log, splits

@@ -1,0 +1,93 @@
+"""The foundation model: a backbone, a tap, and the compressor that trains beside it."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+
+from loopfm_jax.backbones import BackboneName, DeepFMConfig, DMINConfig, build
+from loopfm_jax.data.schema import Schema
+from loopfm_jax.errors import UserError
+from loopfm_jax.fm.compressor import Compressor, CompressorConfig
+from loopfm_jax.loop import TrainConfig
+from loopfm_jax.tables import Features, TableConfig
+
+
+@dataclass(frozen=True)
+class FMConfig:
+    """The teacher: backbone, tap, compressor and training."""
+
+    backbone: BackboneName = "dmin"
+    deepfm: DeepFMConfig = field(default_factory=DeepFMConfig)
+    dmin: DMINConfig = field(default_factory=DMINConfig)
+    behaviours: bool = True
+    """Read sequences of the key's earlier positive items (DMIN needs them)."""
+    tables: TableConfig = field(default_factory=lambda: TableConfig(width=32))
+    tap: str = "hidden_0"
+    """Which activation is exported: embedding, hidden_0, hidden_1, .. or all (concatenated)."""
+    compressor: CompressorConfig = field(default_factory=CompressorConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@struct.dataclass
+class Taught:
+    """Logits [B], codes [B,Z] and the compressor's loss [B]; what nobody reads costs nothing."""
+
+    logits_B: jax.Array
+    code_BZ: jax.Array
+    compressor_loss_B: jax.Array
+
+
+class Teacher(nnx.Module):
+    """Features -> `Taught`."""
+
+    def __init__(self, schema: Schema, config: FMConfig, *, rngs: nnx.Rngs):
+        self.tap = config.tap
+        self.backbone = build(
+            getattr(config, config.backbone),
+            schema,
+            config.tables,
+            dtype=jnp.dtype(config.train.dtype),
+            rngs=rngs,
+        )
+        self.compressor = Compressor(self._tap_width(schema), config.compressor, rngs=rngs)
+
+    def _tap_width(self, schema: Schema) -> int:
+        """The backbone's own business: asked for by its shapes alone."""
+        graphdef, state = nnx.split(self.backbone)
+
+        def read(state: nnx.State, ids_BC: jax.Array, floats_BN: jax.Array) -> jax.Array:
+            backbone = nnx.merge(graphdef, state)
+            return self._read_tap(backbone(backbone.embed(Features(ids_BC, floats_BN))).taps)
+
+        ids_BC = jax.ShapeDtypeStruct((1, sum(f.length for f in schema.fields)), jnp.int32)
+        floats_BN = jax.ShapeDtypeStruct((1, len(schema.numeric)), jnp.float32)
+        return jax.eval_shape(read, state, ids_BC, floats_BN).shape[1]
+
+    def _read_tap(self, taps: dict[str, jax.Array]) -> jax.Array:
+        if self.tap == "all":
+            return jnp.concatenate(list(taps.values()), axis=1).astype(jnp.float32)
+        if self.tap not in taps:
+            raise UserError(f"no tap {self.tap!r}: fm.tap is one of {', '.join(taps)}, all")
+        return taps[self.tap].astype(jnp.float32)
+
+    def __call__(self, features: Features, *, key: jax.Array | None = None) -> Taught:
+        output = self.backbone(self.backbone.embed(features), key=key)
+        tap_BD = self._read_tap(output.taps)
+        return Taught(
+            output.logits_B, self.compressor.encode(tap_BD), self.compressor.loss_B(tap_BD)
+        )
+
+
+def loss(
+    model: Teacher, batch: dict[str, jax.Array], _: object, key: jax.Array, *, config: FMConfig
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross-entropy plus the compressor's loss, means over the rows of weight 1."""
+    features = Features(batch["ids_BC"], batch["floats_BN"])
+    taught = model(features, key=key)
+    weight_B = batch["weight_B"] / batch["weight_B"].sum()
+    click = optax.sigmoid_binary_cross_entropy(taught.logits_B, batch["label_B"]) @ weight_B
+    code = taught.compressor_loss_B @ weight_B
+    return click + config.compressor.weight * code, {"logloss": click, "compressor": code}

@@ -1,0 +1,98 @@
+"""Two integers per example -> tokens, packed or padded, inside the jitted step.
+
+Packed: only real entries, one after the other, in a budget of T slots; segments say whose they
+are. Padded: L slots per example. Both are the same `Tokens`, so an encoder is written once and must
+give the same answer for either (a contract test). Within an example the most recent entry is first.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+BUDGETS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of B * L: few shapes, so that few programs compile
+
+
+@struct.dataclass
+class Tokens:
+    """T slots. A slot that is not `real` belongs to no example: its segment is `examples`."""
+
+    row_T: jax.Array
+    """Store row, int32."""
+    segment_T: jax.Array
+    """Example number, sorted."""
+    rank_T: jax.Array
+    """0 = the most recent entry of its example."""
+    real_T: jax.Array
+    examples: int = struct.field(pytree_node=False)
+    length: int = struct.field(pytree_node=False)
+
+    def spread(self, per_example: jax.Array) -> jax.Array:
+        """[B, ...] -> [T, ...]: every token gets its example's value."""
+        return per_example.at[self.segment_T].get(mode="clip")
+
+    def sum(self, per_token: jax.Array) -> jax.Array:
+        """[T, ...] -> [B, ...]; an example without tokens gets zeros."""
+        return jax.ops.segment_sum(
+            per_token, self.segment_T, num_segments=self.examples, indices_are_sorted=True
+        )
+
+    def count(self) -> jax.Array:
+        """Tokens per example, [B] float32."""
+        return self.sum(self.real_T.astype(jnp.float32))
+
+    def softmax(self, score_T: jax.Array) -> jax.Array:
+        """Softmax over each example's tokens, [T] or [T, H]; unreal slots get 0."""
+        top = jax.ops.segment_max(
+            score_T, self.segment_T, num_segments=self.examples, indices_are_sorted=True
+        )
+        top = jax.lax.stop_gradient(self.spread(top))
+        real = self.real_T.reshape(self.real_T.shape + (1,) * (score_T.ndim - 1))
+        weight = jnp.exp(jnp.where(real, score_T - top, -jnp.inf))
+        return weight / jnp.where(real, self.spread(self.sum(weight)), 1)
+
+    def pad(self, per_token: jax.Array) -> jax.Array:
+        """[T, ...] -> [B, L, ...] in rank order; empty places are zeros."""
+        slots = jnp.zeros((self.examples * self.length, *per_token.shape[1:]), per_token.dtype)
+        padded = slots.at[self._place_T].set(per_token, mode="drop")
+        return padded.reshape(self.examples, self.length, *per_token.shape[1:])
+
+    def unpad(self, padded: jax.Array) -> jax.Array:
+        """[B, L, ...] -> [T, ...], the inverse of `pad`."""
+        return padded.reshape(-1, *padded.shape[2:]).at[self._place_T].get(mode="clip")
+
+    @property
+    def _place_T(self) -> jax.Array:
+        return jnp.where(
+            self.real_T, self.segment_T * self.length + self.rank_T, self.examples * self.length
+        )
+
+
+def pack(end_B: jax.Array, length_B: jax.Array, *, slots: int, longest: int) -> Tokens:
+    """Packs histories `store[end - length : end]` into `slots` >= sum(length) slots."""
+    stop_B = jnp.cumsum(length_B)
+    slot_T = jnp.arange(slots, dtype=jnp.int32)
+    segment_T = jnp.searchsorted(stop_B, slot_T, side="right", method="sort").astype(jnp.int32)
+    real_T = slot_T < stop_B[-1]
+    example_T = jnp.minimum(segment_T, len(end_B) - 1)
+    rank_T = jnp.where(real_T, slot_T - (stop_B - length_B)[example_T], 0)
+    row_T = jnp.where(real_T, end_B[example_T] - 1 - rank_T, 0)
+    return Tokens(row_T, segment_T, rank_T, real_T, len(end_B), longest)
+
+
+def pad(end_B: jax.Array, length_B: jax.Array, *, longest: int) -> Tokens:
+    """The padded layout: `longest` slots per example. The reference that `pack` is held against."""
+    examples = len(end_B)
+    rank_BL = jnp.broadcast_to(jnp.arange(longest, dtype=jnp.int32), (examples, longest))
+    real_BL = rank_BL < length_B[:, None]
+    row_BL = jnp.where(real_BL, end_B[:, None] - 1 - rank_BL, 0)
+    segment_BL = jnp.broadcast_to(jnp.arange(examples, dtype=jnp.int32)[:, None], rank_BL.shape)
+    flat = [x.reshape(-1) for x in (row_BL, segment_BL, rank_BL, real_BL)]
+    return Tokens(*flat, examples, longest)
+
+
+def budget(lengths_B: np.ndarray, *, longest: int) -> int:
+    """The smallest token budget that holds these histories; nothing is ever dropped."""
+    total = int(lengths_B.sum())
+    whole = len(lengths_B) * longest
+    return next(slots for b in BUDGETS if (slots := -(-int(whole * b) // 64) * 64) >= total)

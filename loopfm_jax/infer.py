@@ -1,0 +1,57 @@
+"""Running a model once over rows, in order, results written as they come."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from loopfm_jax.data.batches import Assemble, GlobalBatches, OrderConfig, iterate
+from loopfm_jax.loop import put
+from loopfm_jax.progress import track
+
+
+def run(
+    model: nnx.Module,
+    step: Callable[[Any, dict[str, jax.Array], Any], dict[str, jax.Array]],
+    rows: np.ndarray,
+    assemble: Assemble,
+    writers: Mapping[str, np.ndarray],
+    *,
+    batch: int,
+    mesh: Mesh,
+    constants: Any = (),
+    title: str,
+) -> float:
+    """Fills `writers[name][i]` with `step(...)[name]` for every row; returns examples/s.
+
+    One step is always in flight while the host writes the one before. The rate leaves out the
+    first batch, which compiles.
+    """
+    graphdef, state = nnx.split(model)
+    jitted = jax.jit(lambda s, b, c: step(nnx.merge(graphdef, s), b, c))
+    per_device = mesh.shape["data"]
+    config = OrderConfig(batch=max(per_device, batch // per_device * per_device))
+    source = GlobalBatches(rows, assemble, config=config)
+    waiting: list[tuple[int, dict[str, jax.Array]]] = []
+    started, done = time.monotonic(), 0
+
+    def write() -> None:
+        start, values = waiting.pop(0)
+        for name, value in jax.device_get(values).items():
+            stop = min(start + config.batch, len(rows))
+            writers[name][start:stop] = value[: stop - start]
+
+    with track(title, total=len(rows), unit="examples") as advance:
+        for n, host_batch in enumerate(iterate(source)):
+            waiting.append((n * config.batch, jitted(state, put(host_batch, mesh), constants)))
+            if len(waiting) > 1:
+                write()
+                started, done = (time.monotonic(), 0) if n == 1 else (started, done + config.batch)
+            advance(config.batch)
+        while waiting:
+            write()
+    return done / (time.monotonic() - started) if done else float("nan")

@@ -1,0 +1,217 @@
+"""The training loop that FM and VM share.
+
+Step n is dispatched before the numbers of step n-1 are read, the state is donated, transfers are
+explicit, and a loss that is not finite stops the run. A checkpoint holds the model state and the
+position in the data, so a resumed run ends bit-equal to one that was never interrupted.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+from jax.sharding import Mesh
+
+from loopfm_jax import checkpoint, sharding
+from loopfm_jax.data.batches import Assemble, Batch, GlobalBatches, OrderConfig, iterate
+from loopfm_jax.errors import UserError
+from loopfm_jax.optim import OptimConfig, make_optimiser
+from loopfm_jax.progress import track
+
+CURVE_POINTS = 60
+
+
+@struct.dataclass
+class State:
+    """What a step changes. `rest` is all that is not trained by gradient (running statistics)."""
+
+    step: jax.Array
+    params: Any
+    rest: Any
+    optimiser: Any
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained."""
+
+    order: OrderConfig = field(default_factory=OrderConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    dtype: str = "float32"
+    """Compute type: float32 or bfloat16; parameters stay float32."""
+    checkpoint_steps: int = 1000
+    """Steps between checkpoints."""
+
+
+class Trainable(NamedTuple):
+    """A model and its objective."""
+
+    build: Callable[[nnx.Rngs], nnx.Module]
+    loss: Callable[[Any, dict[str, jax.Array], Any, jax.Array], tuple[jax.Array, Any]]
+    """(model, batch, constants, key) -> mean loss, dict of scalars for the curve."""
+
+
+class Trained(NamedTuple):
+    """`curve`: step -> mean loss terms since the point before; `examples_per_s` after compiling."""
+
+    model: nnx.Module
+    params: int
+    curve: list[dict[str, float]]
+    examples_per_s: float
+
+
+def train(
+    task: Trainable,
+    rows: np.ndarray,
+    assemble: Assemble,
+    *,
+    config: TrainConfig,
+    mesh: Mesh,
+    seed: int,
+    directory: Path,
+    constants: Any = (),
+    title: str = "train",
+) -> Trained:
+    """Trains over `rows`, checkpointing under `directory`, from its last checkpoint if there is one.
+
+    Args:
+      rows: row numbers of the window, in time order.
+      assemble: row numbers -> batch.
+      constants: arrays on the device that every step reads (a history store).
+    """
+    _check_batch(config.order.batch, mesh)
+    source = GlobalBatches(rows, assemble, config=config.order, seed=seed)
+    graphdef, state, shardings = create(task.build, config.optim, mesh, seed)
+    step = jax.jit(
+        _step(graphdef, task.loss, config.optim, seed),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
+    batches = iterate(source)
+    with checkpoint.Saver(directory, every=config.checkpoint_steps) as saver:
+        state, past = saver.restore(state, batches)
+        curve = _Curve(len(source), config.order.batch, past)
+        with track(title, total=len(source) * config.order.batch, unit="examples") as advance:
+            with jax.transfer_guard("disallow"):
+                for n, batch in _on_device(batches, mesh, start=int(jax.device_get(state.step))):
+                    state, numbers = step(state, batch, constants)
+                    curve.add(n, numbers)
+                    advance(config.order.batch)
+                    if saver.due(n + 1) and n + 1 < len(source):
+                        saver.save(n + 1, state, batches, curve.flush())
+    curve.flush()
+    model = nnx.merge(graphdef, state.params, state.rest)
+    return Trained(model, count(state.params), curve.points, curve.examples_per_s())
+
+
+def create(
+    build: Callable[[nnx.Rngs], nnx.Module], optim: OptimConfig, mesh: Mesh, seed: int
+) -> tuple[Any, State, State]:
+    """A fresh state, born sharded: (graph, state, its shardings)."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    optimiser = make_optimiser(optim)
+
+    def init(key: jax.Array) -> State:
+        params, rest = _parts(build(nnx.Rngs(key)))
+        return State(jnp.zeros((), jnp.int32), params, rest, optimiser.init(params))
+
+    key = jax.random.key(seed)
+    shardings = sharding.for_state(mesh, jax.eval_shape(init, key))
+    return graphdef, jax.jit(init, out_shardings=shardings)(key), shardings
+
+
+def _parts(model: nnx.Module) -> tuple[Any, Any]:
+    _, params, rest = nnx.split(model, nnx.Param, ...)
+    return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+
+
+def _step(graphdef: Any, loss: Any, optim: OptimConfig, seed: int) -> Callable[..., Any]:
+    optimiser = make_optimiser(optim)
+
+    def step(state: State, batch: dict[str, jax.Array], constants: Any) -> tuple[State, Any]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def objective(params: Any) -> tuple[jax.Array, Any]:
+            model = nnx.merge(graphdef, params, state.rest)
+            value, numbers = loss(model, batch, constants, key)
+            return value, (numbers, _parts(model)[1])
+
+        gradients, (numbers, rest) = jax.grad(objective, has_aux=True)(state.params)
+        updates, moments = optimiser.update(gradients, state.optimiser, state.params)
+        params = jax.tree.map(lambda p, u: p + u, state.params, updates)
+        return State(state.step + 1, params, rest, moments), numbers
+
+    return step
+
+
+def _on_device(
+    batches: grain.DatasetIterator, mesh: Mesh, *, start: int
+) -> Iterator[tuple[int, dict[str, jax.Array]]]:
+    for n, batch in enumerate(batches, start=start):
+        yield n, put(batch, mesh)
+
+
+def put(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
+    """A host batch on the devices, split over `data` by its first axis."""
+    return jax.device_put(batch, sharding.split(mesh, "data"))
+
+
+def count(params: Any) -> int:
+    """Number of trained parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _check_batch(batch: int, mesh: Mesh) -> None:
+    if batch % mesh.shape["data"]:
+        raise UserError(
+            f"a batch of {batch} does not divide over mesh.data = {mesh.shape['data']}: change "
+            "order.batch"
+        )
+
+
+class _Curve:
+    """Means of the step's numbers, read one step late so that the device never waits."""
+
+    def __init__(self, steps: int, batch: int, past: dict[str, Any] | None):
+        self.points: list[dict[str, float]] = (past or {}).get("points", [])
+        self._sums: list[dict[str, float]] = (past or {}).get("sums", [])
+        self._every, self._batch = max(1, steps // CURVE_POINTS), batch
+        self._waiting: list[tuple[int, Any]] = []
+        self._ticks: list[float] = []
+
+    def add(self, n: int, numbers: Any) -> None:
+        self._waiting.append((n, numbers))
+        if len(self._waiting) > 1:
+            self._read()
+
+    def flush(self) -> dict[str, Any]:
+        """Reads what is still waiting; returns all that a resumed run needs."""
+        while self._waiting:
+            self._read()
+        return {"points": self.points, "sums": self._sums}
+
+    def _read(self) -> None:
+        n, numbers = self._waiting.pop(0)
+        values = {name: float(v) for name, v in jax.device_get(numbers).items()}
+        self._ticks.append(time.monotonic())
+        if not all(np.isfinite(v) for v in values.values()):
+            raise UserError(
+                f"the loss is not finite at step {n} ({values}): lower the learning rate or look "
+                "at the inputs; no checkpoint of this state was written"
+            )
+        self._sums.append(values)
+        if (n + 1) % self._every == 0:
+            mean = {k: float(np.mean([s[k] for s in self._sums])) for k in values}
+            self.points.append({"step": n + 1, **mean})
+            self._sums = []
+
+    def examples_per_s(self) -> float:
+        """By the median time between steps: compilation does not count. NaN below two steps."""
+        gaps = np.diff(self._ticks)
+        return self._batch / float(np.median(gaps)) if len(gaps) else float("nan")

@@ -1,0 +1,69 @@
+"""Progress of long work on stderr: a bar in a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINE_EVERY_S = 10.0
+console = Console(stderr=True, highlight=False)
+
+
+def say(message: str) -> None:
+    """One line for people."""
+    console.print(message, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def track(title: str, *, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Yields `advance(n)`; shows rate and remaining time."""
+    if sys.stderr.isatty():
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}% {task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True) as progress:
+            task, started = progress.add_task(title, total=total or None, rate=""), time.monotonic()
+
+            def advance(n: int) -> None:
+                progress.update(task, advance=n)
+                rate = progress.tasks[task].completed / (time.monotonic() - started + 1e-9)
+                progress.update(task, rate=f"{_short(rate)} {unit}/s")
+
+            yield advance
+    else:
+        yield _Lines(title, total, unit).advance
+
+
+class _Lines:
+    """A plain line now and then, from process 0 only."""
+
+    def __init__(self, title: str, total: int, unit: str):
+        self._title, self._total, self._unit = title, total, unit
+        self._done, self._started = 0, time.monotonic()
+        self._next = self._started + LINE_EVERY_S
+
+    def advance(self, n: int) -> None:
+        self._done += n
+        now = time.monotonic()
+        if now < self._next or jax.process_index() != 0:
+            return
+        self._next = now + LINE_EVERY_S
+        rate = self._done / (now - self._started)
+        left = (self._total - self._done) / rate if rate else 0
+        of = f" of {_short(self._total)}" if self._total else ""
+        eta = f", {left:.0f} s left" if self._total else ""
+        say(f"{self._title}: {_short(self._done)}{of} {self._unit}, {_short(rate)}/s{eta}")
+
+
+def _short(n: float) -> str:
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if n >= limit:
+            return f"{n / limit:.1f}{suffix}"
+    return f"{n:.0f}"

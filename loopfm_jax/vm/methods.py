@@ -1,0 +1,34 @@
+"""The transfer methods by name: which channels from FM to VM are open."""
+
+from dataclasses import dataclass
+
+from loopfm_jax.errors import UserError
+from loopfm_jax.history.store import Side
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the comparison."""
+
+    kd: bool = False
+    """Distil the FM's soft label through an auxiliary head (ExFM, arXiv 2502.17494)."""
+    history: bool = False
+    """Read histories of the FM's codes."""
+    side: tuple[Side, ...] = ()
+    """What is told of every entry besides its code (off in the paper's setting)."""
+
+
+METHODS = {
+    "base": Method(),
+    "kd": Method(kd=True),
+    "loopfm": Method(history=True),
+    "kd+loopfm": Method(kd=True, history=True),
+    "loopfm+outcome": Method(history=True, side=("outcome", "age")),
+    "kd+loopfm+outcome": Method(kd=True, history=True, side=("outcome", "age")),
+}
+
+
+def find_method(name: str) -> Method:
+    if name not in METHODS:
+        raise UserError(f"no method {name!r}: methods are {', '.join(METHODS)}")
+    return METHODS[name]
