@@ -22,6 +22,11 @@ class Output:
         return self.taps[f"hidden_{len(self.taps) - 2}"]
 
 
+def name_taps(embedding_BX: jax.Array, hidden: list[jax.Array]) -> dict[str, jax.Array]:
+    """The taps of a DNN: its input vector and its hidden activations."""
+    return {"embedding": embedding_BX} | {f"hidden_{i}": h_BW for i, h_BW in enumerate(hidden)}
+
+
 class Backbone(Protocol):
     """Features -> logits. `embed` is apart so that a caller may use the candidate's embeddings."""
 
@@ -35,8 +40,8 @@ class Backbone(Protocol):
         key: jax.Array | None = None,
     ) -> Output:
         """Args:
-          embedded: from `embed`.
-          extra_BKE: K more fields of width E, joined before the interaction layers.
-          key: randomness of dropout; None means inference (no dropout, running statistics).
+        embedded: from `embed`.
+        extra_BKE: K more fields of width E, joined before the interaction layers.
+        key: randomness of dropout; None means inference (no dropout, running statistics).
         """
         ...

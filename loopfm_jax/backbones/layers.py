@@ -1,0 +1,243 @@
+"""Dense layers that the backbones share: MLP, Dice, dropout, pooling, self-attention.
+
+Randomness comes as a key of the call; no key means inference: no dropout, running statistics.
+`dtype` is the arithmetic of the large products. Parameters, normalisation statistics, softmax and
+final outputs stay in float32.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from loopfm_jax.errors import UserError
+from loopfm_jax.tables import Embedded
+
+Activation = Literal["relu", "dice"]
+Norm = Literal["none", "input", "hidden"]
+Key = jax.Array | None
+
+
+def dense(
+    width_in: int,
+    width_out: int,
+    *,
+    rngs: nnx.Rngs,
+    bias: bool = True,
+    dtype: DTypeLike = jnp.float32,
+) -> nnx.Linear:
+    """A linear layer with an xavier-normal kernel and a zero bias (PAPER section 5)."""
+    kernel_init = nnx.initializers.xavier_normal()
+    return nnx.Linear(
+        width_in, width_out, use_bias=bias, dtype=dtype, kernel_init=kernel_init, rngs=rngs
+    )
+
+
+def weights(layer: nnx.Linear) -> tuple[jax.Array, jax.Array]:
+    """Kernel [X,W] and bias [W] of a layer that has both, for who splits its product."""
+    assert layer.bias is not None
+    return layer.kernel[...], layer.bias[...]
+
+
+def split(key: Key, count: int) -> list[Key]:
+    """Independent keys, or as many times None."""
+    return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+def dropout(x: jax.Array, rate: float, key: Key) -> jax.Array:
+    """Zeroes elements with probability `rate` and scales the others; without a key, identity."""
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
+def masked_mean(x_BLE: jax.Array, mask_BL: jax.Array) -> jax.Array:
+    """Mean over the real events, [B,E]; zeros where there is none."""
+    total_BE = jnp.where(mask_BL[..., None], x_BLE, 0).sum(1)
+    return total_BE / jnp.maximum(mask_BL.sum(1, keepdims=True), 1)
+
+
+def masked_softmax(scores_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
+    """Softmax over the real events, float32; all zeros (and no gradient) where there is none."""
+    scores_BL = jnp.where(mask_BL, scores_BL.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+    peak_B1 = jax.lax.stop_gradient(scores_BL.max(1, keepdims=True))
+    weights_BL = jnp.where(mask_BL, jnp.exp(scores_BL - peak_B1), 0)
+    # With any event the sum is at least exp(0), so this bound only acts on empty histories.
+    return weights_BL / jnp.maximum(weights_BL.sum(1, keepdims=True), 1)
+
+
+def causal_mask(mask_BL: jax.Array) -> jax.Array:
+    """Which events [B,L,L] each event sees: real ones up to its own, and always itself."""
+    length = mask_BL.shape[1]
+    earlier_LL = jnp.tril(jnp.ones((length, length), bool), -1)
+    return (earlier_LL[None] & mask_BL[:, None, :]) | jnp.eye(length, dtype=bool)[None]
+
+
+def self_attend(
+    qkv_BLX: jax.Array,
+    mask_BLL: jax.Array,
+    *,
+    heads: int,
+    rate: float = 0.0,
+    key: Key = None,
+) -> jax.Array:
+    """Scaled dot-product self-attention.
+
+    Args:
+      qkv_BLX: queries, keys and values side by side, X = 3 * heads * D.
+      mask_BLL: True where the row may look at the column; every row needs one True.
+      heads: H.
+      rate: dropout of the attention weights.
+      key: randomness of that dropout.
+
+    Returns:
+      [B,L,H,D].
+    """
+    batch, length, width = qkv_BLX.shape
+    shape = (batch, length, heads, width // (3 * heads))
+    q_BLHD, k_BLHD, v_BLHD = (x.reshape(shape) for x in jnp.split(qkv_BLX, 3, axis=-1))
+    return nnx.dot_product_attention(
+        q_BLHD,
+        k_BLHD,
+        v_BLHD,
+        mask=mask_BLL[:, None],
+        broadcast_dropout=False,
+        dropout_rng=key,
+        dropout_rate=0.0 if key is None else rate,
+        deterministic=key is None,
+    )
+
+
+def stack_fields(
+    embedded: Embedded, *, pooled: Sequence[str], extra_BKE: jax.Array | None, extra_fields: int
+) -> jax.Array:
+    """All fields, the masked means of the sequences `pooled`, then the extra fields, [B,F,E]."""
+    given = 0 if extra_BKE is None else extra_BKE.shape[1]
+    if given != extra_fields:
+        raise ValueError(
+            f"extra_BKE has {given} fields; the backbone was built for extra_fields={extra_fields}"
+        )
+    means = [masked_mean(embedded.sequences[name], embedded.masks[name]) for name in pooled]
+    fields_BFE = jnp.stack([*embedded.fields.values(), *means], axis=1)
+    if extra_BKE is None:
+        return fields_BFE
+    return jnp.concatenate([fields_BFE, extra_BKE.astype(fields_BFE.dtype)], axis=1)
+
+
+def batch_norm(width: int, *, rngs: nnx.Rngs) -> nnx.BatchNorm:
+    """Batch norm as public runs have it: affine, a tenth of each batch into the statistics."""
+    return nnx.BatchNorm(width, momentum=0.9, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
+
+
+class Dice(nnx.Module):
+    """`p x + alpha (1 - p) x`, p = sigmoid(batch norm of x) (DIN, arXiv 1706.06978, section 5.3).
+
+    Statistics are taken over real positions only; the public code (PAPER section 5) lets padding
+    in. Its constants are kept: no affine part, 1 % of each batch, epsilon 1e-9.
+    """
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.norm = nnx.BatchNorm(
+            width,
+            momentum=0.99,
+            epsilon=1e-9,
+            use_bias=False,
+            use_scale=False,
+            # The squared-mean shortcut loses to rounding far above this epsilon.
+            use_fast_variance=False,
+            dtype=jnp.float32,
+            rngs=rngs,
+        )
+        self.alpha_W = nnx.Param(jnp.zeros(width))
+
+    def __call__(
+        self, x: jax.Array, *, train: bool = False, mask: jax.Array | None = None
+    ) -> jax.Array:
+        """x [..., W], mask [...] True = real -> [..., W]."""
+        if mask is not None:
+            # A batch without a single event would divide by zero.
+            mask = (mask | ~mask.any())[..., None]
+        p = jax.nn.sigmoid(self.norm(x, use_running_average=not train, mask=mask))
+        alpha = self.alpha_W[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        return ((p + alpha * (1 - p)) * x).astype(x.dtype)
+
+
+class Mlp(nnx.Module):
+    """Linear -> batch norm (if `norm` is "hidden") -> activation -> dropout, per hidden width.
+
+    Args:
+      width_in: width of the input.
+      hidden: widths of the hidden layers, at least one.
+      out: width of a last linear layer, computed in float32; 0 = none.
+      activation: after every hidden layer.
+      dropout: rate after every activation.
+      norm: where batch norm stands: nowhere, at the input, or in every hidden layer.
+    """
+
+    def __init__(
+        self,
+        width_in: int,
+        hidden: Sequence[int],
+        *,
+        rngs: nnx.Rngs,
+        out: int = 0,
+        activation: Activation = "relu",
+        dropout: float = 0.0,
+        norm: Norm = "none",
+        dtype: DTypeLike = jnp.float32,
+    ):
+        if not hidden:
+            raise UserError("hidden is empty; give at least one width, e.g. --hidden 64 32")
+        self.rate = dropout
+        widths = (width_in, *hidden)
+        self.input_norm = batch_norm(width_in, rngs=rngs) if norm == "input" else None
+        self.layers = nnx.List(
+            dense(i, o, dtype=dtype, rngs=rngs)
+            for i, o in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.norms = nnx.List(batch_norm(w, rngs=rngs) for w in hidden if norm == "hidden")
+        self.dice = nnx.List(Dice(w, rngs=rngs) for w in hidden if activation == "dice")
+        self.out = dense(hidden[-1], out, rngs=rngs) if out else None
+
+    def __call__(
+        self, x: jax.Array, *, key: Key = None, mask: jax.Array | None = None
+    ) -> list[jax.Array]:
+        """x [..., X] -> every hidden activation before its dropout, then the output if there is.
+
+        Args:
+          x: input.
+          key: randomness of dropout; None means inference.
+          mask: [...], True where the batch statistics should look.
+        """
+        if self.input_norm is not None:
+            x = self.input_norm(x, use_running_average=key is None)
+        return self.after_first(self.layers[0](x), key=key, mask=mask)
+
+    def after_first(self, x: jax.Array, *, key: Key, mask: jax.Array | None) -> list[jax.Array]:
+        """As a call, from the first layer's linear result on, for who computes that otherwise."""
+        results, inputs = [], x
+        for i, k in enumerate(split(key, len(self.layers))):
+            x = self.layers[i](inputs) if i else x
+            if self.norms:
+                x = self.norms[i](x, use_running_average=key is None).astype(x.dtype)
+            x = self.dice[i](x, train=key is not None, mask=mask) if self.dice else jax.nn.relu(x)
+            results.append(x)
+            inputs = dropout(x, self.rate, k)
+        return results if self.out is None else [*results, self.out(inputs)]
+
+
+class FeedForward(nnx.Module):
+    """LayerNorm, then X -> 2X -> X with ReLU and a residual from the normalised input."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.norm = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        self.up = dense(width, 2 * width, dtype=dtype, rngs=rngs)
+        self.down = dense(2 * width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_BLX: jax.Array) -> jax.Array:
+        x_BLX = self.norm(x_BLX)
+        return x_BLX + self.down(jax.nn.relu(self.up(x_BLX)))
