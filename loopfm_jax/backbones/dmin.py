@@ -4,7 +4,7 @@ to by the candidate; shapes and counts are those of the public runs (PAPER secti
 Letters of this file: M = E * number of target fields (width of a behaviour), D = M / H,
 P = width of a position.
 
-Sequences stand oldest first and their padding last: an event sees earlier columns and itself.
+Sequences stand oldest first, padded at either end: an event sees earlier real columns and itself.
 
 Differences from the public code, none of which changes a shape:
   - the behaviour refiner masks by a boolean; the public float mask adds 1 to the masked scores;

@@ -2,8 +2,9 @@
 
 `L_AE = sum over prefixes p of ||e - decode_p(z[:p])||^2`, one decoder per prefix, so that every
 listed prefix of z is usable by itself. It trains beside the FM and sends no gradient into it.
-Open in the paper, chosen here: one hidden ReLU layer on either side, the squared error averaged
-over the D numbers of e and over the prefixes.
+Open in the paper, chosen here: one hidden ReLU layer on either side; e is standardised per
+dimension by running statistics first (activations may be tiny, and tanh codes of tiny numbers would
+all quantise to zero); the squared error is averaged over the D numbers of e and over the prefixes.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class CompressorConfig:
 
 
 class Compressor(nnx.Module):
-    """e [B,D] -> z [B,Z] and the reconstruction loss [B]."""
+    """An autoencoder over activations of `inputs` numbers."""
 
     def __init__(self, inputs: int, config: CompressorConfig, *, rngs: nnx.Rngs):
         kernel = nnx.initializers.xavier_normal()
@@ -35,25 +36,25 @@ class Compressor(nnx.Module):
         def linear(a: int, b: int) -> nnx.Linear:
             return nnx.Linear(a, b, kernel_init=kernel, rngs=rngs)
 
+        self.standardise = nnx.BatchNorm(
+            inputs, momentum=0.99, epsilon=1e-8, use_bias=False, use_scale=False, rngs=rngs
+        )
         self.prefixes = tuple(sorted({*config.prefixes, config.width}))
         self.encode_in = linear(inputs, config.hidden)
         self.encode_out = linear(config.hidden, config.width)
         self.decode_in = nnx.List([linear(p, config.hidden) for p in self.prefixes])
         self.decode_out = nnx.List([linear(config.hidden, inputs) for _ in self.prefixes])
 
-    def encode(self, e_BD: jax.Array) -> jax.Array:
-        e_BD = jax.lax.stop_gradient(e_BD)
-        return jnp.tanh(self.encode_out(nnx.relu(self.encode_in(e_BD))))
-
-    def decode(self, z_BZ: jax.Array, which: int) -> jax.Array:
-        """Reconstruction from the prefix number `which`."""
-        prefix = z_BZ[:, : self.prefixes[which]]
-        return self.decode_out[which](nnx.relu(self.decode_in[which](prefix)))
-
-    def loss_B(self, e_BD: jax.Array) -> jax.Array:
-        e_BD = jax.lax.stop_gradient(e_BD)
-        z_BZ = self.encode(e_BD)
+    def __call__(self, e_BD: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
+        """Returns (z [B,Z], reconstruction loss [B])."""
+        e_BD = self.standardise(jax.lax.stop_gradient(e_BD), use_running_average=not train)
+        z_BZ = jnp.tanh(self.encode_out(nnx.relu(self.encode_in(e_BD))))
         errors = [
             jnp.square(e_BD - self.decode(z_BZ, i)).mean(axis=1) for i in range(len(self.prefixes))
         ]
-        return jnp.stack(errors).mean(axis=0)
+        return z_BZ, jnp.stack(errors).mean(axis=0)
+
+    def decode(self, z_BZ: jax.Array, which: int) -> jax.Array:
+        """Reconstruction of the standardised e from the prefix number `which`."""
+        prefix = z_BZ[:, : self.prefixes[which]]
+        return self.decode_out[which](nnx.relu(self.decode_in[which](prefix)))

@@ -75,10 +75,8 @@ class Teacher(nnx.Module):
 
     def __call__(self, features: Features, *, key: jax.Array | None = None) -> Taught:
         output = self.backbone(self.backbone.embed(features), key=key)
-        tap_BD = self._read_tap(output.taps)
-        return Taught(
-            output.logits_B, self.compressor.encode(tap_BD), self.compressor.loss_B(tap_BD)
-        )
+        code_BZ, loss_B = self.compressor(self._read_tap(output.taps), train=key is not None)
+        return Taught(output.logits_B, code_BZ, loss_B)
 
 
 def loss(
