@@ -13,6 +13,8 @@ from typing import Literal
 import grain
 import numpy as np
 
+from loopfm_jax.errors import UserError
+
 Batch = dict[str, np.ndarray]
 Assemble = Callable[[np.ndarray], Batch]
 
@@ -27,6 +29,11 @@ class OrderConfig:
     batch: int = 1024
     """Global batch size."""
 
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"order.{name} is {getattr(self, name)}; at least 1 is needed")
+
 
 class GlobalBatches(grain.sources.RandomAccessDataSource):
     """Item `step` is the batch of that step: a function of (rows, config, seed, step) alone.
@@ -36,9 +43,7 @@ class GlobalBatches(grain.sources.RandomAccessDataSource):
       assemble: row numbers [B] -> columns; `weight_B` is added here.
     """
 
-    def __init__(
-        self, rows: np.ndarray, assemble: Assemble, *, config: OrderConfig, seed: int = 0
-    ):
+    def __init__(self, rows: np.ndarray, assemble: Assemble, *, config: OrderConfig, seed: int = 0):
         self._rows, self._assemble = rows, assemble
         self._config, self._seed = config, seed
         self._steps_per_epoch = -(-len(rows) // config.batch)

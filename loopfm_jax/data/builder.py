@@ -5,7 +5,9 @@ row), in time order, and never straddles a window: the splits are `fm`, `vm` and
 is not needed, neither to build nor to read.
 """
 
+import io
 from collections.abc import Iterator, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,8 @@ def write(name: str, directory: Path, **contents: Any) -> Path:
     tfds.disable_progress_bar()
     builder_class = type(name, (LogBuilder,), {"name": name}, skip_registration=True)
     builder = builder_class(data_dir=directory, **contents)
-    builder.download_and_prepare()
+    with redirect_stdout(io.StringIO()):  # it speaks of downloads that do not take place
+        builder.download_and_prepare()
     return Path(builder.data_dir)
 
 

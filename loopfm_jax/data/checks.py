@@ -1,4 +1,4 @@
-"""What a raw log must satisfy; each failure is one message with the value, the limit and the fix."""
+"""What a raw log must satisfy; a failure is one message with the value, the limit and the fix."""
 
 import difflib
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ def check(raw: RawLog) -> None:
     if not len(raw.frame):
         raise UserError("the log has 0 rows; at least one row per window is needed")
     frame = raw.frame
-    _no_nulls(frame, ("key", "time", "label"))
+    _no_nulls(frame, [n for n in ("key", "time", "label", "group") if n in frame.columns])
     _binary_label(frame["label"])
     _sane_times(frame["time"])
     for column in raw.columns:
@@ -40,9 +40,10 @@ def check(raw: RawLog) -> None:
 def _no_nulls(frame: pl.DataFrame, names: Iterable[str]) -> None:
     for name in names:
         nulls = frame[name].is_null()
-        text = frame[name].dtype == pl.String
-        if text:
+        if frame[name].dtype == pl.String:
             nulls = nulls | (frame[name].str.strip_chars() == "")
+        elif frame[name].dtype.is_float():
+            nulls = nulls | frame[name].is_nan()
         if nulls.any():
             raise UserError(
                 f"the {name} column is empty in {nulls.sum():,} rows (first: row "

@@ -11,8 +11,10 @@ import polars as pl
 
 from loopfm_jax.data.raw import Column, RawLog
 from loopfm_jax.data.schema import Behaviour, Field, Numeric, Schema
+from loopfm_jax.errors import UserError
 
 PAST = "past_"  # prefix of the sequence fields that are made from the log itself
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Encoded:
 def encode(raw: RawLog, frame: pl.DataFrame, *, fm_rows: int) -> Encoded:
     """Fits on the first `fm_rows` rows of `frame` (in time order) and encodes all of them."""
     discrete = [c for c in raw.columns if c.kind != "numeric" or c.buckets]
+    hidden = {c.name for c in raw.columns if c.fm_only}
     text = {c.name: _as_text(frame[c.name], c, fm_rows) for c in discrete}
     vocabularies = {
         c.name: _fit_vocabulary(
@@ -52,7 +55,7 @@ def encode(raw: RawLog, frame: pl.DataFrame, *, fm_rows: int) -> Encoded:
     numeric = [c for c in raw.columns if c.kind == "numeric" and not c.buckets]
     floats, normalisers = _normalise(frame, numeric, fm_rows)
     schema = Schema(
-        fields=_fields(discrete, vocabularies) + _past_fields(raw, vocabularies),
+        fields=_fields(discrete, hidden, vocabularies) + _past_fields(raw, hidden, vocabularies),
         numeric=normalisers,
         behaviours=_behaviours(raw),
         item=raw.item,
@@ -77,7 +80,8 @@ def encode(raw: RawLog, frame: pl.DataFrame, *, fm_rows: int) -> Encoded:
 def _as_text(series: pl.Series, column: Column, fm_rows: int) -> pl.Series:
     """Values as strings, or lists of strings of which the last `length` are kept."""
     if column.kind == "sequence":
-        return series.cast(pl.List(pl.String)).list.drop_nulls().list.tail(column.length)
+        kept = series.cast(pl.List(pl.String)).list.eval(pl.element().filter(pl.element() != ""))
+        return kept.list.tail(column.length)
     if column.kind == "numeric":
         values = series.cast(pl.Float64).to_numpy()
         edges = np.unique(np.quantile(values[:fm_rows], np.linspace(0, 1, column.buckets + 1)))
@@ -110,6 +114,7 @@ def _to_ids(text: pl.Series, vocabulary: pl.DataFrame, offset: int) -> pl.Series
     return (local + offset).cast(pl.Int32)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what does not fit is refused below
 def _normalise(
     frame: pl.DataFrame, columns: list[Column], fm_rows: int
 ) -> tuple[np.ndarray, tuple[Numeric, ...]]:
@@ -118,13 +123,22 @@ def _normalise(
     for i, column in enumerate(columns):
         values = frame[column.name].cast(pl.Float64).to_numpy()
         values = np.log1p(values) if column.log else values
-        mean, std = float(values[:fm_rows].mean()), float(values[:fm_rows].std()) or 1.0
+        mean, std = float(values[:fm_rows].mean()), float(values[:fm_rows].std())
+        if std <= ROUNDING * abs(mean):  # a constant; the rounding of its mean is no scale
+            std = 1.0
         floats[:, i] = (values - mean) / std
+        if not np.isfinite(floats[:, i]).all():
+            raise UserError(
+                f"column {column.name!r} holds values up to {np.abs(values).max():g}, too large "
+                "for float32 once standardised; clip them or drop the column"
+            )
         fitted.append(Numeric(column.name, mean, std, column.log, column.fm_only))
     return floats, tuple(fitted)
 
 
-def _fields(columns: list[Column], vocabularies: dict[str, pl.DataFrame]) -> tuple[Field, ...]:
+def _fields(
+    columns: list[Column], hidden: set[str], vocabularies: dict[str, pl.DataFrame]
+) -> tuple[Field, ...]:
     return tuple(
         Field(
             name=c.name,
@@ -132,13 +146,15 @@ def _fields(columns: list[Column], vocabularies: dict[str, pl.DataFrame]) -> tup
             kind="sequence" if c.kind == "sequence" else "categorical",
             length=c.length if c.kind == "sequence" else 1,
             shares=c.shares,
-            fm_only=c.fm_only,
+            fm_only=bool(hidden & {c.name, c.shares}),
         )
         for c in columns
     )
 
 
-def _past_fields(raw: RawLog, vocabularies: dict[str, pl.DataFrame]) -> tuple[Field, ...]:
+def _past_fields(
+    raw: RawLog, hidden: set[str], vocabularies: dict[str, pl.DataFrame]
+) -> tuple[Field, ...]:
     return tuple(
         Field(
             name=PAST + name,
@@ -146,6 +162,7 @@ def _past_fields(raw: RawLog, vocabularies: dict[str, pl.DataFrame]) -> tuple[Fi
             kind="sequence",
             length=raw.behaviour_length,
             shares=name,
+            fm_only=name in hidden,
             from_log=True,
         )
         for name in raw.behaviour

@@ -63,13 +63,12 @@ class Log:
     def padded(self, name: str, rows: np.ndarray, *, length: int) -> np.ndarray:
         """Values of a ragged column at `rows` as [B, length], padded with 0 in front."""
         ragged, start = self.ragged[name], self.starts[name]
-        return pad_front(ragged.values, start[rows] + ragged.lengths[rows],
-                         ragged.lengths[rows], length=length)
+        return pad_front(
+            ragged.values, start[rows] + ragged.lengths[rows], ragged.lengths[rows], length=length
+        )
 
 
-def pad_front(
-    values: np.ndarray, end: np.ndarray, count: np.ndarray, *, length: int
-) -> np.ndarray:
+def pad_front(values: np.ndarray, end: np.ndarray, count: np.ndarray, *, length: int) -> np.ndarray:
     """Slices `values[end - count : end]` as [B, length, ...]: the last `length`, 0 in front."""
     if not len(values):
         return np.zeros((len(end), length, *values.shape[1:]), values.dtype)

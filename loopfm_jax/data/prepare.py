@@ -4,7 +4,7 @@ Layout of the folder: the TFDS data set, `schema.json`, `vocabulary.parquet`.
 """
 
 import json
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,11 @@ def prepare(
     check(raw)
     frame = in_time_order(raw.frame)
     cuts, bounds_text = cut(frame["time"].to_numpy(), windows)
+    span = f"the log runs from {_iso(frame['time'][0])} to {_iso(frame['time'][-1])}"
     frame = frame.head(cuts["test"][1])
     label = frame["label"].cast(pl.Float64).cast(pl.UInt8).to_numpy()
     rows = {split: stop - start for split, (start, stop) in cuts.items()}
-    check_windows(rows, {s: label[slice(*cuts[s])] for s in SPLITS}, bounds_text)
+    check_windows(rows, {s: label[slice(*cuts[s])] for s in SPLITS}, f"{bounds_text}; {span}")
     encoded = encode(raw, frame, fm_rows=cuts["fm"][1])
     columns = {
         "ids": encoded.ids,
@@ -81,8 +82,8 @@ def in_time_order(frame: pl.DataFrame) -> pl.DataFrame:
     """Collapses impression groups and sorts by time.
 
     `time` becomes the moment when an example must be answered, `logged_time` the moment when its
-    row may enter histories: the first and the last time of its impression group. Ties are ordered by key and then by every scalar column, so that the result does not depend on
-    the order of the input.
+    row may enter histories: the first and the last time of its impression group. Ties are ordered
+    by key and then by every other column, so that the order of the input does not matter.
     """
     if "group" in frame.columns:
         moment = ["key", "group"]
@@ -92,8 +93,7 @@ def in_time_order(frame: pl.DataFrame) -> pl.DataFrame:
         )
     else:
         frame = frame.with_columns(pl.col("time").alias("logged_time"))
-    scalars = [n for n, t in frame.schema.items() if not t.is_nested() and n not in ("time", "key")]
-    return frame.sort(["time", "key", *scalars])
+    return frame.sort(["time", "key", *(n for n in frame.columns if n not in ("time", "key"))])
 
 
 def cut(time: np.ndarray, windows: Windows) -> tuple[dict[str, tuple[int, int]], str]:
@@ -119,14 +119,19 @@ def _to_ms(mark: str, time: np.ndarray) -> int:
             first, last = int(time[0]), int(time[-1]) + 1
             return first + round((last - first) * float(mark[:-1]) / 100)
         moment = datetime.fromisoformat(mark)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UserError(
             f"window end {mark!r} is neither a percentage (50%) nor an ISO time with zone "
             "(2022-05-01T00:00+08:00); change data.windows"
         ) from None
     if moment.tzinfo is None:
-        raise UserError(f"window end {mark!r} has no time zone; write {mark}+00:00, say")
+        zoned = moment.replace(tzinfo=UTC).isoformat(timespec="minutes")
+        raise UserError(f"window end {mark!r} has no time zone; write {zoned}, say")
     return round(moment.timestamp() * 1000)
+
+
+def _iso(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds")
 
 
 def dense_key(key: pl.Series) -> np.ndarray:

@@ -6,7 +6,7 @@ counts equal the published ones. In columns padding is always the fused id 0. A 
 `frozen_width` reads a fixed (pretrained) table instead, whose ids start at 0.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -47,6 +47,12 @@ class Behaviour:
 
     target: tuple[str, ...]
     history: tuple[str, ...]
+
+    def keep(self, names: Collection[str]) -> "Behaviour":
+        """The pairs of which both sides are among `names`."""
+        pairs = zip(self.target, self.history, strict=True)
+        kept = [(t, h) for t, h in pairs if t in names and h in names]
+        return Behaviour(tuple(t for t, _ in kept), tuple(h for _, h in kept))
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ class Schema:
         return Schema(
             fields=tuple(f for f in self.fields if f.name in names),
             numeric=numeric,
-            behaviours=tuple(b for b in self.behaviours if names >= {*b.target, *b.history}),
+            behaviours=tuple(k for b in self.behaviours if (k := b.keep(names)).target),
             item=tuple(n for n in self.item if n in names),
         )
 

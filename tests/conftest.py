@@ -1,0 +1,41 @@
+"""Eight simulated CPU devices, a compile cache that outlives the run, and shared tiny data."""
+
+import os
+from pathlib import Path
+
+os.environ["NPROC"] = "32"  # fewer abort the process when many async collectives are queued
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/loopfm_jax/test-xla").expanduser())
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from loopfm_jax.data.prepare import prepare  # noqa: E402
+from loopfm_jax.data.synthetic import Synthetic  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+TINY = Synthetic(rows=2000, rows_per_user=20, topics=3, items_per_topic=5)
+
+
+@pytest.fixture(scope="session")
+def kuairand_window() -> Path:
+    """The real KuaiRand-Pure window that lies beside the repository (or under $LOOPFM_SHARED)."""
+    beside = Path(__file__).parents[2] / "shared"
+    folder = Path(os.environ.get("LOOPFM_SHARED", beside)) / "data" / "kuairand_pure_window"
+    if not folder.is_dir():
+        pytest.skip(f"no real log: {folder} is not there (set LOOPFM_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a prepared log of 2,000 simulated rows; nobody writes to it."""
+    folder = tmp_path_factory.mktemp("prepared") / "data"
+    folder.mkdir()
+    prepare(TINY.read(), TINY.windows, name=TINY.name, card=TINY.card, directory=folder)
+    return folder

@@ -1,0 +1,158 @@
+"""Grain input: every row once an epoch, and an iterator whose state is one integer."""
+
+import json
+import time
+from collections.abc import Callable
+
+import grain
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loopfm_jax.data.batches import Batch, GlobalBatches, OrderConfig, iterate
+from loopfm_jax.data.log import pad_front
+from loopfm_jax.errors import UserError
+from loopfm_jax.inputs import open_inputs
+
+ROWS = np.arange(100, 123)
+
+
+def rows_only(rows: np.ndarray) -> Batch:
+    return {"row_B": rows}
+
+
+def make(seed: int = 0, rows: np.ndarray = ROWS, **config) -> GlobalBatches:
+    return GlobalBatches(rows, rows_only, config=OrderConfig(**config), seed=seed)
+
+
+def real_rows(source: GlobalBatches) -> list[int]:
+    return [int(r) for b in iterate(source) for r in b["row_B"][b["weight_B"] > 0]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(1, 70),
+    batch=st.integers(1, 80),
+    epochs=st.integers(1, 3),
+    order=st.sampled_from(["time", "shuffled"]),
+)
+def test_every_row_is_seen_once_an_epoch(count, batch, epochs, order):
+    rows = np.arange(count) * 3
+    source = make(rows=rows, batch=batch, epochs=epochs, order=order)
+    batches = [source[i] for i in range(len(source))]
+    assert all(len(b["row_B"]) == len(b["weight_B"]) == batch for b in batches)
+    seen = np.concatenate([b["row_B"][b["weight_B"] > 0] for b in batches])
+    assert len(seen) == count * epochs
+    for epoch in seen.reshape(epochs, count):
+        np.testing.assert_array_equal(np.sort(epoch), rows)
+    filled = np.concatenate([b["row_B"] for b in batches])
+    assert set(filled) <= set(rows)
+    assert sum(b["weight_B"].sum() for b in batches) == count * epochs
+
+
+def test_only_the_last_batch_is_filled_up_and_its_filling_weighs_nothing():
+    batches = list(iterate(make(batch=10)))
+    assert [b["weight_B"].tolist() for b in batches] == [[1] * 10] * 2 + [[1] * 3 + [0] * 7]
+    assert batches[2]["row_B"].tolist() == [120, 121, 122, 120, 121, 122, 120, 121, 122, 120]
+    assert batches[0]["weight_B"].dtype == np.float32
+
+
+def test_time_order_and_shuffled_epochs():
+    assert real_rows(make(batch=10, epochs=2)) == [*ROWS, *ROWS]
+    shuffled = real_rows(make(batch=10, epochs=2, order="shuffled"))
+    first, second = shuffled[: len(ROWS)], shuffled[len(ROWS) :]
+    assert first != list(ROWS) and first != second
+    assert shuffled == real_rows(make(batch=10, epochs=2, order="shuffled"))
+    assert shuffled != real_rows(make(batch=10, epochs=2, order="shuffled", seed=1))
+    assert shuffled == real_rows(make(batch=7, epochs=2, order="shuffled"))
+
+
+@pytest.mark.parametrize("order", ["time", "shuffled"])
+@pytest.mark.parametrize("stop", [0, 1, 3, 5])
+def test_resumes_exactly_from_one_integer(order, stop):
+    source = make(batch=10, epochs=2, order=order)
+    whole = [b["row_B"].tolist() for b in iterate(source)]
+    first = iterate(source)
+    for _ in range(stop):
+        next(first)
+    state = json.loads(json.dumps(first.get_state()))  # what a checkpoint keeps
+    numbers = [v for v in _leaves(state) if isinstance(v, int)]
+    assert numbers == [stop] and len(_leaves(state)) == 1
+    again = iterate(make(batch=10, epochs=2, order=order))
+    again.set_state(state)
+    assert [b["row_B"].tolist() for b in again] == whole[stop:]
+
+
+def _leaves(value) -> list:
+    if isinstance(value, dict):
+        return [leaf for v in value.values() for leaf in _leaves(v)]
+    return [value]
+
+
+def test_a_checkpoint_of_the_iterator(tmp_path):
+    import orbax.checkpoint as ocp
+
+    first = iterate(make(batch=5, order="shuffled"))
+    next(first), next(first)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(2, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(first)))
+        manager.wait_until_finished()
+        again = iterate(make(batch=5, order="shuffled"))
+        restore = grain.checkpoint.CheckpointRestore(again)
+        manager.restore(2, args=ocp.args.Composite(data=restore))
+    assert next(again)["row_B"].tolist() == next(first)["row_B"].tolist()
+
+
+def test_the_description_holds_no_address():
+    assert repr(make()) == repr(make())
+    assert "0x" not in repr(make()) and "rows=23" in repr(make())
+
+
+@pytest.mark.parametrize("name", ["batch", "epochs"])
+def test_numbers_below_one(name):
+    with pytest.raises(UserError, match=f"order.{name} is 0"):
+        OrderConfig(**{name: 0})
+
+
+@settings(max_examples=80, deadline=None)
+@given(lengths=st.lists(st.integers(0, 6), min_size=1, max_size=8), longest=st.integers(1, 7))
+def test_pad_front_keeps_the_last_values(lengths, longest):
+    values = np.arange(1, sum(lengths) + 1, dtype=np.int32)
+    ends = np.cumsum(lengths)
+    padded = pad_front(values, ends, np.array(lengths), length=longest)
+    assert padded.shape == (len(lengths), longest) and padded.dtype == np.int32
+    for row, end, count in zip(padded, ends, lengths, strict=True):
+        kept = values[max(end - count, end - longest) : end].tolist()
+        assert row.tolist() == [0] * (longest - len(kept)) + kept
+
+
+def test_batches_of_a_prepared_log(prepared):
+    inputs = open_inputs(prepared, reader="fm", behaviours=True)
+    log, schema = inputs.log, inputs.schema
+    source = GlobalBatches(inputs.rows("vm"), inputs.batch, config=OrderConfig(batch=64))
+    start = inputs.splits["vm"].start
+    for i, batch in enumerate(iterate(source)):
+        rows = start + np.arange(i * 64, i * 64 + int(batch["weight_B"].sum()))
+        assert batch["ids_BC"].shape == (64, sum(f.length for f in schema.fields))
+        np.testing.assert_array_equal(batch["label_B"][: len(rows)], log["label"][rows])
+        np.testing.assert_array_equal(batch["floats_BN"][: len(rows)], log["floats"][rows])
+        for name, place in schema.columns.items():
+            ids = batch["ids_BC"][: len(rows), place]
+            low = schema.offsets[name]
+            assert ((ids == 0) | ((ids > low) & (ids < low + schema[name].rows))).all()
+    assert not schema.for_vm().columns.keys() & {"signal"}
+
+
+def rate(run: Callable[[], int]) -> float:
+    started = time.monotonic()
+    return run() / (time.monotonic() - started)
+
+
+def test_rate(prepared):
+    """Printed, not asserted: `pytest -s -k rate`."""
+    inputs = open_inputs(prepared, reader="vm", behaviours=False)
+    rows = np.resize(inputs.rows("fm"), 200_000)
+    source = GlobalBatches(rows, inputs.batch, config=OrderConfig(batch=4096))
+    found = rate(lambda: sum(len(b["label_B"]) for b in iterate(source)))
+    print(f"\ninput: {found / 1e6:.2f} M rows/s into host batches of 4096")
