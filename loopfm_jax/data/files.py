@@ -1,6 +1,6 @@
 """Raw files -> frames, with errors that name the file, the column and the fix."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,10 @@ def read_csv(
     """
     assert path is not None
     try:
-        header = pl.read_csv(path, n_rows=0).columns
+        header = pl.read_csv(path, n_rows=0, glob=False).columns
         require_columns(header, columns, where=path)
         whole = {name: pl.String for name in header} | dict(types or {})
-        return pl.read_csv(path, schema_overrides=whole)
+        return pl.read_csv(path, schema_overrides=whole, glob=False)
     except (pl.exceptions.PolarsError, OSError, EOFError) as error:
         raise UserError(f"{path} cannot be read: {_first_line(error)}") from None
 
@@ -48,7 +48,7 @@ def read_parquet(path: Path, columns: Iterable[str]) -> pl.DataFrame:
     """A Parquet file that has at least these columns."""
     try:
         require_columns(pl.read_parquet_schema(path), columns, where=path)
-        return pl.read_parquet(path)
+        return pl.read_parquet(path, glob=False)
     except (pl.exceptions.PolarsError, pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} cannot be read: {_first_line(error)}") from None
 
@@ -62,6 +62,16 @@ def read_table(path: Path, columns: Iterable[str]) -> pl.DataFrame:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def concat(tables: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """The rows of all tables; columns that some lack are empty there."""
+    try:
+        return pl.concat(tables, how="diagonal_relaxed")
+    except pl.exceptions.PolarsError as error:
+        raise UserError(
+            f"the files do not fit together: {_first_line(error)}; make their columns alike"
+        ) from None
 
 
 def drop_duplicates(frame: pl.DataFrame) -> tuple[pl.DataFrame, int]:

@@ -62,6 +62,12 @@ class KuaiRandPure:
     min_count: int = 2
     """Users, videos and authors seen less often in the FM window share the unknown id."""
 
+    def __post_init__(self) -> None:
+        if self.behaviour_length < 1:
+            raise UserError(
+                f"data.behaviour_length is {self.behaviour_length}; at least 1 is needed"
+            )
+
     @property
     def name(self) -> str:
         return "kuairand_pure"
@@ -81,15 +87,20 @@ class KuaiRandPure:
         log, duplicates = drop_duplicates(_read_logs(folder))
         if self.raw_dir is None and len(log) + duplicates != STANDARD_ROWS:
             raise UserError(
-                f"the release downloaded from {self.url} holds {len(log) + duplicates:,} standard rows, not "
-                f"{STANDARD_ROWS:,}: delete {folder} and try again, or give --data.raw-dir"
+                f"the release downloaded from {self.url} holds {len(log) + duplicates:,} standard "
+                f"rows, not {STANDARD_ROWS:,}: delete {folder} and try again, or give "
+                "--data.raw-dir"
             )
+        counts = dict.fromkeys(USER_COUNTS, pl.Float64)
         users = read_csv(
-            find_table(folder, "user_features_pure"), ("user_id", *USER_CATEGORIES, *USER_COUNTS)
+            find_table(folder, "user_features_pure"),
+            ("user_id", *USER_CATEGORIES, *USER_COUNTS),
+            types={"user_id": pl.Int64, **counts},
         )
         videos = read_csv(
             find_table(folder, "video_features_basic_pure"),
             ("video_id", *VIDEO_CATEGORIES, "tag"),
+            types={"video_id": pl.Int64},
         )
         _check_ids(log, "user_id", USERS, users)
         _check_ids(log, "video_id", VIDEOS, videos)
@@ -138,7 +149,13 @@ def _check_ids(log: pl.DataFrame, name: str, limit: int, side: pl.DataFrame) -> 
             f"{name} {ids.filter(bad)[0]} is outside 0..{limit - 1}, the range of KuaiRand-Pure; "
             "is this another release?"
         )
-    missing = ~ids.is_in(side[name].cast(pl.Int64).implode())
+    twice = side[name].is_duplicated()
+    if twice.any():
+        raise UserError(
+            f"{name} {side[name].filter(twice)[0]} stands more than once in its side table; each "
+            "must be there once, or rows of the log would be multiplied: fetch the file again"
+        )
+    missing = ~ids.is_in(side[name].implode())
     if missing.any():
         raise UserError(
             f"{name} {ids.filter(missing)[0]} of the log is not in the side table "
@@ -152,11 +169,11 @@ def _join(
     hour = (pl.col("time_ms") // 3_600_000 + HOURS_EAST) % 24
     return (
         log.with_columns(hour.alias("hour"))
-        .join(users.with_columns(pl.col("user_id").cast(pl.Int64)), on="user_id", how="left")
-        .join(videos.with_columns(pl.col("video_id").cast(pl.Int64)), on="video_id", how="left")
+        .join(users, on="user_id", how="left")
+        .join(videos, on="video_id", how="left")
         .with_columns(
             pl.col("tag").str.split(",").alias("tag"),
-            *(pl.col(n).cast(pl.Float64).fill_null(0.0).clip(0.0) for n in USER_COUNTS),
+            *(pl.col(n).fill_null(0.0).clip(0.0) for n in USER_COUNTS),
             pl.col("duration_ms").fill_null(0.0).alias("duration"),
             pl.col("user_id").alias("key"),
             pl.col("time_ms").alias("time"),
@@ -176,5 +193,3 @@ def _columns(min_count: int) -> tuple[Column, ...]:
         Column("tag", kind="sequence", length=4),
         *(Column(name, kind="numeric", log=True) for name in USER_COUNTS),
     )
-
-

@@ -1,17 +1,22 @@
 """Your own log: any CSV or Parquet files, described in a configuration."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from glob import glob
 from pathlib import Path
 from typing import Literal
 
 import polars as pl
 
-from loopfm_jax.data.files import drop_duplicates, read_table
+from loopfm_jax.data.files import concat, drop_duplicates, read_table
 from loopfm_jax.data.raw import Card, Column, RawLog, Windows
 from loopfm_jax.errors import UserError
 from loopfm_jax.stages import sha256
 
-MS_PER = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
+MS_PER = {"s": 1000.0, "ms": 1.0}
+PER_MS = {"us": 1000, "ns": 1_000_000}
+ROLES = ("key", "time", "label", "group", "logged_time")
+"""Names of the columns that steer everything; a feature of such a name would be overwritten."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,11 @@ class TabularLog:
     """Values seen less often in the FM window share the unknown id."""
     windows: Windows = field(default_factory=Windows)
 
+    def __post_init__(self) -> None:
+        for name in ("length", "behaviour_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name} is {getattr(self, name)}; at least 1 is needed")
+
     @property
     def name(self) -> str:
         return "tabular_log"
@@ -59,20 +69,21 @@ class TabularLog:
         return {str(path): sha256(path) for path in self._paths()}
 
     def read(self) -> RawLog:
-        columns = self._columns()
-        names = [c.name for c in columns]
         roles = {"key": self.key, "time": self.time, "label": self.label}
         if self.group:
             roles["group"] = self.group
+        columns = self._columns(roles)
+        names = [c.name for c in columns]
         needed = list(dict.fromkeys([*names, *roles.values()]))
-        tables = [read_table(path, needed) for path in self._paths()]
-        frame, duplicates = drop_duplicates(pl.concat(tables, how="diagonal_relaxed"))
+        paths = self._paths()
+        frame, duplicates = drop_duplicates(concat([read_table(p, needed) for p in paths]))
+        self._check_types(frame.select(needed))
         numbers = [pl.col(n).cast(pl.Float64, strict=False) for n in self.numeric]
         lists = [pl.col(n).str.split(self.separator) for n in self.sequence if _is_text(frame, n)]
         times = self._times(frame[self.time])
         others = [pl.col(source).alias(role) for role, source in roles.items() if role != "time"]
         frame = frame.with_columns(*numbers, *lists).with_columns(*others, times.alias("time"))
-        item = self.item or tuple(n for n in self.categorical if n != self.key)
+        item = self._item
         return RawLog(
             frame=frame.select(list(dict.fromkeys([*roles, *names]))),
             columns=columns,
@@ -80,10 +91,15 @@ class TabularLog:
             behaviour=self.behaviour or item,
             behaviour_length=self.behaviour_length,
             duplicates=duplicates,
-            notes={"files": [path.name for path in self._paths()]},
+            notes={"files": [path.name for path in paths]},
         )
 
-    def _columns(self) -> tuple[Column, ...]:
+    @property
+    def _item(self) -> tuple[str, ...]:
+        return self.item or tuple(n for n in self.categorical if n != self.key)
+
+    def _columns(self, roles: Mapping[str, str]) -> tuple[Column, ...]:
+        self._check_names(roles)
         kinds = {
             **{n: Column(n, min_count=self.min_count) for n in self.categorical},
             **{n: Column(n, kind="numeric") for n in self.numeric},
@@ -92,16 +108,58 @@ class TabularLog:
                 for n in self.sequence
             },
         }
-        if self.label in kinds:
-            raise UserError(f"data.label {self.label!r} is also a feature: it would leak the answer")
-        for option in ("item", "fm_only", "behaviour"):
-            for name in getattr(self, option):
-                if name not in kinds:
-                    raise UserError(
-                        f"data.{option} names {name!r}, which is not among the categorical, numeric "
-                        f"and sequence columns ({', '.join(kinds) or 'none'})"
-                    )
         return tuple(replace(c, fm_only=n in self.fm_only) for n, c in kinds.items())
+
+    def _check_names(self, roles: Mapping[str, str]) -> None:
+        features = (*self.categorical, *self.numeric, *self.sequence)
+        if self.label in features:
+            raise UserError(
+                f"data.label {self.label!r} is also a feature: it would leak the answer; take it "
+                "out of the features"
+            )
+        for name in features:
+            if features.count(name) > 1:
+                raise UserError(f"the features name {name!r} more than once; keep one kind of it")
+            if name in self.sequence and name in roles.values():
+                raise UserError(
+                    f"column {name!r} has several values a row: it cannot be a role too"
+                )
+            if name in ROLES and roles.get(name) != name:
+                raise UserError(
+                    f"the feature {name!r} has a name that is reserved ({', '.join(ROLES)}); "
+                    "rename the column"
+                )
+        for option, allowed in (
+            ("item", self.categorical),
+            ("behaviour", self.categorical),
+            ("fm_only", features),
+        ):
+            for name in getattr(self, option):
+                if name not in allowed:
+                    kinds = "features" if allowed is features else "categorical columns"
+                    raise UserError(
+                        f"data.{option} names {name!r}, which is not among the {kinds} "
+                        f"({', '.join(allowed) or 'none'})"
+                    )
+        if not set(self._item) - set(self.fm_only):
+            raise UserError(
+                "no categorical column that vertical models see describes the candidate; name at "
+                "least one besides the key under data.categorical (data.item)"
+            )
+
+    def _check_types(self, frame: pl.DataFrame) -> None:
+        for name, kind in frame.schema.items():
+            many = kind == pl.List if name in self.sequence else False
+            if not many and (kind.is_nested() or kind in (pl.Binary, pl.Object, pl.Duration)):
+                raise UserError(
+                    f"column {name!r} holds {kind}, not one plain value a row; a column of lists "
+                    "belongs under data.sequence, anything else must be converted first"
+                )
+            if name in self.sequence and not many and kind not in (pl.String, pl.Null):
+                raise UserError(
+                    f"column {name!r} holds {kind}, but data.sequence needs lists, or text split "
+                    "at data.separator; name it under data.categorical"
+                )
 
     def _paths(self) -> list[Path]:
         if not self.files:
@@ -109,20 +167,41 @@ class TabularLog:
         found = []
         for pattern in self.files:
             path = Path(pattern).expanduser()
-            matches = sorted(path.parent.glob(path.name))
+            matches = [path] if path.is_file() else sorted(map(Path, glob(str(path))))
             if not matches:
                 raise UserError(f"no file matches {pattern!r}; check data.files")
+            for match in matches:
+                if not match.is_file():
+                    raise UserError(f"{match} is a folder; data.files takes files, or {match}/*")
             found.extend(matches)
-        return found
+        return list(dict.fromkeys(found))
 
     def _times(self, raw: pl.Series) -> pl.Series:
-        """Milliseconds since 1970; null where the value is not a time."""
-        if raw.dtype.is_temporal():
-            return raw.cast(pl.Datetime("ms")).cast(pl.Int64)
-        if self.time_unit == "iso":
-            return raw.str.to_datetime(strict=False, time_zone="UTC").dt.epoch("ms")
-        scaled = raw.cast(pl.Float64, strict=False) * MS_PER[self.time_unit]
-        return scaled.floor().cast(pl.Int64, strict=False)
+        """Milliseconds since 1970."""
+        try:
+            times = _to_ms(raw, self.time_unit)
+        except pl.exceptions.PolarsError:
+            times = pl.Series([None] * len(raw), dtype=pl.Int64)
+        bad = times.is_null() & raw.is_not_null()
+        if bad.any():
+            raise UserError(
+                f"column {self.time!r} holds {raw.filter(bad)[0]!r} (and {bad.sum() - 1:,} more "
+                f"values that are not times in unit {self.time_unit!r}); clean them, or set "
+                "data.time_unit to s, ms, us, ns or iso"
+            )
+        return times
+
+
+def _to_ms(raw: pl.Series, unit: str) -> pl.Series:
+    """Whole milliseconds, null where a value is not a time."""
+    if raw.dtype.is_temporal():
+        return raw.cast(pl.Datetime("ms")).cast(pl.Int64)
+    if unit == "iso":
+        return raw.str.to_datetime(strict=False, time_zone="UTC").dt.epoch("ms")
+    if unit in PER_MS:  # beyond what a float64 holds exactly
+        return raw.cast(pl.Int64, strict=False) // PER_MS[unit]
+    scaled = raw.cast(pl.Float64, strict=False) * MS_PER[unit]
+    return scaled.round().cast(pl.Int64, strict=False)
 
 
 def _is_text(frame: pl.DataFrame, name: str) -> bool:
