@@ -16,6 +16,7 @@ from loopfm_jax.stages import sha256
 
 CHUNK = 1 << 20
 ARCHIVE = "archive.tar.gz"
+SEEN = "archive.sha256"
 NETWORK = (
     urllib.error.URLError,
     http.client.HTTPException,
@@ -38,9 +39,14 @@ def fetch_archive(url: str, cache: Path, *, members: Sequence[str]) -> str:
     Raises:
       UserError: no network, a cut-off archive, or a missing member.
     """
-    seen = cache / "archive.sha256"
+    seen = cache / SEEN
     if seen.exists() and all((cache / name).exists() for name in members):
         return seen.read_text()
+    if not seen.exists() and cache.exists():
+        raise UserError(
+            f"{cache} is in the way: it has no {SEEN}, so it was not downloaded by this program; "
+            "give it as --data.raw-dir if it holds the files, or choose another --data.cache-dir"
+        )
     partial = cache.with_name(f".{cache.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -79,7 +85,7 @@ def _download(url: str, target: Path) -> None:
 def _unpack(archive: Path, target: Path, members: Sequence[str]) -> None:
     missing = set(members)
     try:
-        with tarfile.open(archive, "r:gz") as tar:
+        with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
                 name = PurePosixPath(member.name).name
                 content = tar.extractfile(member) if member.isfile() and name in missing else None
@@ -87,7 +93,11 @@ def _unpack(archive: Path, target: Path, members: Sequence[str]) -> None:
                     with content, (target / name).open("wb") as file:
                         shutil.copyfileobj(content, file, CHUNK)
                     missing.discard(name)
+            while stream.read(CHUNK):  # the checksum stands at the very end
+                pass
     except ARCHIVE_DAMAGE as error:
-        raise UserError(f"the downloaded archive is damaged or cut off ({error}): try again") from None
+        raise UserError(
+            f"the downloaded archive is damaged or cut off ({error}): try again"
+        ) from None
     if missing:
         raise UserError(f"the archive does not hold {', '.join(sorted(missing))}")
