@@ -20,7 +20,12 @@ from typing import Any
 from loopfm_jax.errors import UserError
 
 MANIFEST = "manifest.json"
+MARK = "attempt.json"  # of an unfinished stage: what it is being made from
+COMMANDS = {"data": "prepare", "teacher": "train-fm", "export": "export", "history": "structure"}
+"""Folder name -> the command that fills it; every other folder is a VM's."""
 PACKAGES = ("loopfm-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "polars")
+COUNTED = ("stage", "config", "inputs", "facts", "files")
+"""Parts of a manifest that are the identity of what was made: rates and versions do not count."""
 
 Report = dict[str, Any]
 
@@ -45,8 +50,15 @@ class Stage:
     def partial(self) -> Path:
         return self.directory.with_name(f".{self.directory.name}.partial")
 
+    @property
+    def old(self) -> Path:
+        """Where the result before this one waits until the new one is in its place."""
+        return self.directory.with_name(f".{self.directory.name}.old")
 
-def run(stage: Stage, work: Callable[[Path], Report], *, force: bool = False) -> tuple[Report, bool]:
+
+def run(
+    stage: Stage, work: Callable[[Path], Report], *, force: bool = False
+) -> tuple[Report, bool]:
     """Makes the stage unless it is up to date.
 
     Args:
@@ -58,8 +70,10 @@ def run(stage: Stage, work: Callable[[Path], Report], *, force: bool = False) ->
       The manifest, and whether work was done.
 
     Raises:
-      UserError: the folder was made with another configuration, or an input is missing or damaged.
+      UserError: the folder was made with another configuration or by something else, or an input
+        is missing or damaged.
     """
+    _refuse_foreign(stage.directory)
     made_from = {name: verify(path)["content"] for name, path in stage.inputs.items()}
     made_from |= stage.sources
     config = json.loads(json.dumps(dict(stage.config), default=str))
@@ -68,66 +82,86 @@ def run(stage: Stage, work: Callable[[Path], Report], *, force: bool = False) ->
         _same_config(stage, manifest["config"], config)
         if manifest["inputs"] == made_from:
             return manifest, False
-    _open_partial(stage, {"config": config, "inputs": made_from})
+    return _make(stage, work, {"config": config, "inputs": made_from}), True
+
+
+def _make(stage: Stage, work: Callable[[Path], Report], identity: Report) -> Report:
+    """Works in the hidden folder, and removes it on failure unless there is a way to go on."""
     started = time.monotonic()
     try:
+        _open_partial(stage, identity)
         facts = work(stage.partial)
-    except UserError:
-        if not stage.resumable:
+        measured = facts.pop("measured", {})
+        (stage.partial / MARK).unlink()
+        made = {
+            "stage": stage.command,
+            **identity,
+            "input_paths": _relative(stage.inputs, stage.directory),
+            "facts": facts,
+            "versions": {name: version(name) for name in PACKAGES},
+            "files": _fingerprints(stage.partial),
+            "measured": {"seconds": round(time.monotonic() - started, 3), **measured},
+        }
+        manifest = _sealed(made)
+        (stage.partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        _replace(stage)
+    except BaseException:
+        if not (stage.resumable and _begun(stage.partial)):
             shutil.rmtree(stage.partial, ignore_errors=True)
         raise
-    measured = facts.pop("measured", {})
-    manifest = {
-        "stage": stage.command,
-        "config": config,
-        "inputs": made_from,
-        "input_paths": {n: os.path.relpath(p, stage.directory) for n, p in stage.inputs.items()},
-        "facts": facts,
-        "versions": {name: version(name) for name in PACKAGES},
-        "files": _fingerprints(stage.partial),
-        "measured": {"seconds": round(time.monotonic() - started, 3), **measured},
-    }
-    manifest["content"] = _content(manifest)
-    (stage.partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    if stage.directory.exists():
-        shutil.rmtree(stage.directory)
-    stage.partial.rename(stage.directory)
-    return manifest, True
+    return manifest
 
 
 def verify(directory: Path) -> Report:
     """The manifest of a complete, undamaged stage folder whose inputs are still what they were."""
     manifest = _read(directory)
-    for name, relative in manifest["input_paths"].items():
-        source = directory / relative / MANIFEST
-        if source.exists() and json.loads(source.read_text())["content"] != manifest["inputs"][name]:
-            raise UserError(
-                f"{directory} was made from an earlier {name} than {source.parent.resolve()} holds "
-                f"now: run `loopfm {manifest['stage']}` again"
-            )
+    _check_origin(directory, manifest)
     return manifest
+
+
+def _check_origin(directory: Path, manifest: Report) -> None:
+    """Nothing upstream was remade since; inputs that are no longer there are taken on trust."""
+    for name, relative in manifest["input_paths"].items():
+        source = Path(os.path.normpath(directory / relative))
+        if not (source / MANIFEST).exists():
+            continue
+        now = _manifest(source)
+        if now["content"] != manifest["inputs"][name]:
+            raise UserError(
+                f"{directory} was made from an earlier {name} than {source} holds now: run "
+                f"`loopfm {manifest['stage']}` again"
+            )
+        _check_origin(source, now)
 
 
 def _read(directory: Path) -> Report:
     path = directory / MANIFEST
     if not path.exists():
-        raise UserError(f"{directory} is missing or incomplete: run the stage that makes it first")
+        command = COMMANDS.get(directory.name, "train-vm")
+        raise UserError(f"{directory} is missing or incomplete: run `loopfm {command}` first")
     return _checked(directory, path.stat().st_mtime_ns)
+
+
+def _manifest(directory: Path) -> Report:
+    """The manifest, if it is as it was written; the files are not looked at."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        intact = _digest({k: v for k, v in manifest.items() if k != "seal"}) == manifest["seal"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        intact, manifest = False, {}
+    if not intact:
+        command = COMMANDS.get(directory.name, "train-vm")
+        raise UserError(f"{directory / MANIFEST} is damaged: redo `loopfm {command}` with --force")
+    return manifest
 
 
 @lru_cache(maxsize=64)
 def _checked(directory: Path, _mtime: int) -> Report:
     """Hashes every file once per process."""
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text())
-        intact = _content(manifest) == manifest["content"]
-    except (ValueError, KeyError, TypeError):
-        intact, manifest = False, {}
-    if not intact:
-        raise UserError(f"{directory / MANIFEST} is damaged: redo its stage with --force")
+    manifest = _manifest(directory)
     for name, said in manifest["files"].items():
         file = directory / name
-        if not file.exists() or sha256(file) != said["sha256"]:
+        if not file.is_file() or sha256(file) != said["sha256"]:
             raise UserError(
                 f"{file} is missing or damaged (its sha256 is not the one in {MANIFEST}): "
                 f"redo `loopfm {manifest['stage']}` with --force"
@@ -153,8 +187,24 @@ def differences(old: Any, new: Any, at: str = "") -> list[str]:
     return [] if old == new else [f"{at} was {old!r}, now {new!r}"]
 
 
+def _refuse_foreign(directory: Path) -> None:
+    """Finished stages replace their folder: it must not be somebody else's."""
+    if directory.exists() and not (directory / MANIFEST).exists():
+        if not directory.is_dir() or any(directory.iterdir()):
+            raise UserError(
+                f"{directory} is in the way: it has no {MANIFEST}, so no stage made it or it was "
+                "damaged; remove it or choose another --workdir"
+            )
+
+
+def _begun(partial: Path) -> bool:
+    """Whether an attempt left anything to go on from."""
+    files = [p.name for p in partial.rglob("*") if p.is_file()]
+    return MARK in files and len(files) > 1
+
+
 def _open_partial(stage: Stage, identity: Report) -> None:
-    mark = stage.partial / "attempt.json"
+    mark = stage.partial / MARK
     text = json.dumps(identity, sort_keys=True)
     if stage.resumable and mark.exists() and mark.read_text() == text:
         return
@@ -163,8 +213,20 @@ def _open_partial(stage: Stage, identity: Report) -> None:
     mark.write_text(text)
 
 
+def _replace(stage: Stage) -> None:
+    """Two renames: whenever the process dies, the folder is complete or is not there."""
+    shutil.rmtree(stage.old, ignore_errors=True)
+    if stage.directory.exists():
+        stage.directory.rename(stage.old)
+    stage.partial.rename(stage.directory)
+    shutil.rmtree(stage.old, ignore_errors=True)
+
+
+def _relative(inputs: Mapping[str, Path], directory: Path) -> dict[str, str]:
+    return {name: os.path.relpath(path, directory) for name, path in inputs.items()}
+
+
 def _fingerprints(directory: Path) -> dict[str, dict[str, Any]]:
-    (directory / "attempt.json").unlink()
     files = sorted(p for p in directory.rglob("*") if p.is_file())
     return {
         str(p.relative_to(directory)): {"sha256": sha256(p), "bytes": p.stat().st_size}
@@ -172,10 +234,15 @@ def _fingerprints(directory: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def _content(manifest: Report) -> str:
-    """Identity of what was made; measured rates and versions do not count."""
-    counted = {k: manifest[k] for k in ("stage", "config", "inputs", "facts", "files")}
-    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
+def _sealed(manifest: Report) -> Report:
+    """As it will be read again, with its identity (`content`) and a hash of all of it (`seal`)."""
+    manifest = json.loads(json.dumps(manifest))
+    manifest["content"] = _digest({name: manifest[name] for name in COUNTED})
+    return manifest | {"seal": _digest(manifest)}
+
+
+def _digest(value: Report) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

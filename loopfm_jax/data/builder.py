@@ -85,6 +85,9 @@ def write(name: str, directory: Path, **contents: Any) -> Path:
 def read(directory: Path, splits: tuple[str, ...]) -> dict[str, np.ndarray]:
     """All columns of the given splits, concatenated in time order."""
     builder = tfds.builder_from_directory(directory)
-    sources = [builder.as_data_source(split=split) for split in splits]
+    sources = [
+        builder.as_data_source(split)  # pyright: ignore[reportCallIssue]
+        for split in splits
+    ]
     blocks = [source[i] for source in sources for i in range(len(source))]
     return {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}

@@ -1,0 +1,298 @@
+"""Stage folders: complete or absent, skipped when up to date, and damage never goes unnoticed."""
+
+import json
+import os
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from loopfm_jax import stages
+from loopfm_jax.errors import UserError
+from loopfm_jax.stages import Report, Stage, differences, run, verify
+
+
+def first(root: Path, **changes) -> Stage:
+    stage = Stage("prepare", root / "data", {"rows": 10, "deep": {"name": "a"}})
+    return replace(stage, **changes)
+
+
+def second(root: Path, **changes) -> Stage:
+    inputs = {"data": root / "data"}
+    return replace(Stage("export", root / "fm" / "export", {"code": "int4"}, inputs), **changes)
+
+
+def third(root: Path) -> Stage:
+    inputs = {"export": root / "fm" / "export"}
+    return Stage("structure", root / "history", {"length": 5}, inputs)
+
+
+class Work:
+    """Writes two files and counts how often it had to."""
+
+    def __init__(self, text: str = "hello", error: BaseException | None = None):
+        self.text, self.error, self.calls = text, error, 0
+
+    def __call__(self, folder: Path) -> Report:
+        self.calls += 1
+        (folder / "deep").mkdir(exist_ok=True)
+        (folder / "deep" / "a.bin").write_text(self.text * 100)
+        (folder / "b.txt").write_text("b")
+        if self.error:
+            raise self.error
+        return {"rows": 10, 3: (1, 2), "nothing": float("nan"), "measured": {"rate": 5.0}}
+
+
+@pytest.fixture
+def forget():
+    """Stands for a new process: files are hashed again."""
+    stages._checked.cache_clear()
+    return stages._checked.cache_clear
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def test_makes_a_complete_folder(tmp_path):
+    made, done = run(first(tmp_path), Work())
+    assert done and files_in(tmp_path) == ["data/b.txt", "data/deep/a.bin", "data/manifest.json"]
+    assert made["files"]["deep/a.bin"]["bytes"] == 500
+    assert made["measured"]["rate"] == 5.0 and "measured" not in made["facts"]
+    assert set(made["versions"]) >= {"jax", "loopfm-jax"}
+    assert json.dumps(verify(tmp_path / "data")) == json.dumps(made)
+
+
+def test_what_is_up_to_date_is_skipped(tmp_path, forget):
+    work = Work()
+    made, _ = run(first(tmp_path), work)
+    forget()
+    again, done = run(first(tmp_path), work)
+    assert not done and work.calls == 1 and json.dumps(again) == json.dumps(made)
+    _, done = run(first(tmp_path), work, force=True)
+    assert done and work.calls == 2
+
+
+def test_the_same_work_is_the_same_content(tmp_path):
+    one, two, other = (run(first(tmp_path / t), Work(t[0]))[0] for t in ("a1", "a2", "b1"))
+    assert one["content"] == two["content"] != other["content"]
+
+
+def test_another_configuration_is_refused_and_named(tmp_path):
+    run(first(tmp_path), Work())
+    changed = first(tmp_path, config={"rows": 11, "deep": {"name": "b"}})
+    with pytest.raises(UserError) as error:
+        run(changed, Work())
+    for word in ("rows was 10, now 11", "deep.name was 'a', now 'b'", "--force", "--workdir"):
+        assert word in str(error.value)
+    assert verify(tmp_path / "data")["config"]["rows"] == 10
+    made, done = run(changed, Work(), force=True)
+    assert done and made["config"]["rows"] == 11
+
+
+def test_differences_go_down_to_the_leaves():
+    old, new = {"a": {"b": 1, "c": [1]}, "d": 0}, {"a": {"b": 1, "c": [2]}, "e": 0}
+    lines = ["a.c was [1], now [2]", "d was 0, now None", "e was None, now 0"]
+    assert differences(old, new) == lines
+
+
+def test_a_changed_raw_file_makes_it_again(tmp_path):
+    work = Work()
+    for digest, expected in (("1", 1), ("1", 1), ("2", 2)):
+        run(first(tmp_path, sources={"log.csv": digest}), work)
+        assert work.calls == expected
+
+
+def test_a_changed_input_is_made_again_in_order_and_refused_out_of_order(tmp_path):
+    run(first(tmp_path), Work()), run(second(tmp_path), Work()), run(third(tmp_path), Work())
+    verify(tmp_path / "history")
+    run(first(tmp_path), Work("new data"), force=True)
+    with pytest.raises(
+        UserError, match="fm/export was made from an earlier data .*`loopfm export`"
+    ):
+        verify(tmp_path / "fm" / "export")
+    with pytest.raises(UserError, match="fm/export was made from an earlier data"):
+        verify(tmp_path / "history")  # whose own input has not changed yet
+    with pytest.raises(UserError, match="`loopfm export` again"):
+        run(third(tmp_path), Work())
+    work = Work("new export")
+    assert run(second(tmp_path), work)[1] and run(third(tmp_path), work)[1]
+    verify(tmp_path / "history")
+
+
+def test_made_again_with_the_same_result_nothing_else_is(tmp_path):
+    work = Work()
+    run(first(tmp_path), work), run(second(tmp_path), work)
+    run(first(tmp_path), work, force=True)
+    assert not run(second(tmp_path), work)[1]
+
+
+def test_a_missing_input_names_its_command(tmp_path):
+    with pytest.raises(UserError, match="data is missing or incomplete: run `loopfm prepare`"):
+        run(second(tmp_path), Work())
+    with pytest.raises(UserError, match="`loopfm train-vm`"):
+        verify(tmp_path / "vm" / "base" / "seed_0")
+    assert files_in(tmp_path) == []
+
+
+def test_a_folder_may_move_with_its_neighbours(tmp_path, forget):
+    run(first(tmp_path / "old"), Work()), run(second(tmp_path / "old"), Work())
+    (tmp_path / "old").rename(tmp_path / "new")
+    forget()
+    verify(tmp_path / "new" / "fm" / "export")
+    assert not run(second(tmp_path / "new"), Work())[1]
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << at % 8
+    path.write_bytes(data)
+
+
+def edit(path: Path, change: Callable[[Report], object]) -> None:
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+DAMAGE = {
+    "bit flip": ("deep/a.bin", lambda p: flip(p, 77)),
+    "truncated": ("deep/a.bin", lambda p: os.truncate(p, 499)),
+    "zeroed": ("deep/a.bin", lambda p: p.write_bytes(bytes(500))),
+    "missing": ("b.txt", lambda p: p.unlink()),
+    "a folder": ("b.txt", lambda p: (p.unlink(), p.mkdir())),
+    "manifest rows": ("manifest.json", lambda p: edit(p, lambda m: m["facts"].update(rows=11))),
+    "manifest rate": ("manifest.json", lambda p: edit(p, lambda m: m["measured"].clear())),
+    "manifest origin": ("manifest.json", lambda p: edit(p, lambda m: m.pop("input_paths"))),
+    "manifest sha": ("manifest.json", lambda p: edit(p, lambda m: m["files"].pop("b.txt"))),
+    "manifest seal": ("manifest.json", lambda p: edit(p, lambda m: m.pop("seal"))),
+    "manifest list": ("manifest.json", lambda p: p.write_text("[]")),
+    "manifest cut": ("manifest.json", lambda p: os.truncate(p, 100)),
+    "manifest binary": ("manifest.json", lambda p: p.write_bytes(b"\xff\xfe\x00")),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damage_is_found_and_named(tmp_path, forget, case):
+    run(first(tmp_path), Work()), run(second(tmp_path), Work())
+    name, harm = DAMAGE[case]
+    harm(tmp_path / "data" / name)
+    forget()
+    for use in (
+        lambda: verify(tmp_path / "data"),
+        lambda: run(first(tmp_path), Work()),
+        lambda: run(second(tmp_path), Work()),
+    ):
+        with pytest.raises(
+            UserError, match=f"data/{name} .*damaged.*`loopfm prepare` with --force"
+        ):
+            use()
+    run(first(tmp_path), Work(), force=True)
+    forget()
+    assert not run(second(tmp_path), Work())[1]  # as before the damage
+
+
+def test_random_bit_flips_are_never_silent(tmp_path, forget):
+    """Every byte that is read counts; the manifest's own spaces do not."""
+    made, _ = run(first(tmp_path), Work())
+    rng = random.Random(0)
+    for _ in range(60):
+        path = tmp_path / "data" / rng.choice([*made["files"], "manifest.json"])
+        whole = path.read_bytes()
+        flip(path, rng.randrange(len(whole)))
+        forget()
+        try:
+            assert json.dumps(verify(tmp_path / "data")) == json.dumps(made)
+        except UserError as error:
+            assert str(path) in str(error)
+        else:
+            assert path.name == "manifest.json"
+        path.write_bytes(whole)
+
+
+def test_a_folder_of_somebody_else_is_never_replaced(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "log.csv").write_text("years of work")
+    for force in (False, True):
+        with pytest.raises(UserError, match="data is in the way.*--workdir"):
+            run(first(tmp_path), Work(), force=force)
+    assert files_in(tmp_path) == ["data/log.csv"]
+    (tmp_path / "data" / "log.csv").unlink()
+    assert run(first(tmp_path), Work())[1]  # an empty folder is no loss
+
+
+ERRORS = [UserError("no"), OSError(28, "No space left"), KeyboardInterrupt(), ValueError("bug")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
+def test_a_failed_stage_leaves_nothing(tmp_path, error):
+    with pytest.raises(type(error)):
+        run(first(tmp_path), Work(error=error))
+    assert files_in(tmp_path) == []
+    run(first(tmp_path), Work("good"))
+    with pytest.raises(type(error)):
+        run(first(tmp_path), Work(error=error), force=True)
+    assert (tmp_path / "data" / "deep" / "a.bin").read_text() == "good" * 100
+    verify(tmp_path / "data")
+
+
+def test_no_space_for_the_manifest(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stages, "_sealed", full)
+    for resumable in (False, True):
+        with pytest.raises(OSError):
+            run(first(tmp_path, resumable=resumable), Work())
+        assert files_in(tmp_path) == []
+
+
+def test_a_resumable_attempt_is_kept_for_the_same_work(tmp_path):
+    stage = first(tmp_path, resumable=True)
+    with pytest.raises(KeyboardInterrupt):
+        run(stage, Work("half", error=KeyboardInterrupt()))
+    assert (stage.partial / "deep" / "a.bin").exists() and not stage.directory.exists()
+
+    def go_on(folder: Path) -> Report:
+        assert (folder / "deep" / "a.bin").read_text() == "half" * 100
+        return {}
+
+    made, _ = run(stage, go_on)
+    assert set(made["files"]) == {"deep/a.bin", "b.txt"}
+    assert not stage.partial.exists() and not (stage.directory / stages.MARK).exists()
+
+
+def test_a_resumable_attempt_at_something_else_is_not_gone_on_with(tmp_path):
+    stage = first(tmp_path, resumable=True)
+    with pytest.raises(KeyboardInterrupt):
+        run(stage, Work(error=KeyboardInterrupt()))
+
+    def fresh(folder: Path) -> Report:
+        assert files_in(folder) == [stages.MARK]
+        return {}
+
+    run(replace(stage, config={"rows": 12}), fresh)
+
+
+def test_a_resumable_attempt_that_did_not_begin_leaves_nothing(tmp_path):
+    def refuse(folder: Path) -> Report:
+        raise UserError("no such tap")
+
+    with pytest.raises(UserError):
+        run(first(tmp_path, resumable=True), refuse)
+    assert files_in(tmp_path) == []
+
+
+def test_a_process_killed_between_the_renames(tmp_path, forget):
+    stage = first(tmp_path)
+    run(stage, Work("old"))
+    stage.directory.rename(stage.old)
+    stage.partial.mkdir()
+    (stage.partial / "left.bin").write_text("over")
+    forget()
+    with pytest.raises(UserError, match="missing or incomplete"):
+        verify(stage.directory)
+    assert run(stage, Work("new"))[1]
+    assert files_in(tmp_path) == ["data/b.txt", "data/deep/a.bin", "data/manifest.json"]
