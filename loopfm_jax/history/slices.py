@@ -5,10 +5,13 @@ were available strictly before it, inside the retention window, the most recent 
 `store[end - length : end]`. Whatever the width of a code, an example carries only (end, length).
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+
+from loopfm_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,20 @@ class SliceConfig:
     """Availability delay: an entry counts only if its time + delay < the example's time."""
     retention_days: float = 30.0
     """Entries older than this are forgotten."""
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise UserError(f"history.length is {self.length}; at least 1 is needed")
+        if not 0 <= self.delay_s < math.inf:
+            raise UserError(
+                f"history.delay_s is {self.delay_s:g}; it must be 0 or more: an entry that counts "
+                "before it was logged is a leak"
+            )
+        if not 0 < self.retention_days < math.inf:
+            raise UserError(
+                f"history.retention_days is {self.retention_days:g}; it must be above 0 (and "
+                "finite: 36500 keeps everything)"
+            )
 
 
 class Slices(NamedTuple):
