@@ -43,12 +43,13 @@ class Tokens:
 
     def softmax(self, score_T: jax.Array) -> jax.Array:
         """Softmax over each example's tokens, [T] or [T, H]; unreal slots get 0."""
+        real = self.real_T.reshape(self.real_T.shape + (1,) * (score_T.ndim - 1))
+        score_T = jnp.where(real, score_T, -jnp.inf)  # an unreal slot must not set the scale
         top = jax.ops.segment_max(
             score_T, self.segment_T, num_segments=self.examples, indices_are_sorted=True
         )
-        top = jax.lax.stop_gradient(self.spread(top))
-        real = self.real_T.reshape(self.real_T.shape + (1,) * (score_T.ndim - 1))
-        weight = jnp.exp(jnp.where(real, score_T - top, -jnp.inf))
+        top = jax.lax.stop_gradient(jnp.where(real, self.spread(top), 0))
+        weight = jnp.exp(score_T - top)
         return weight / jnp.where(real, self.spread(self.sum(weight)), 1)
 
     def pad(self, per_token: jax.Array) -> jax.Array:
@@ -88,11 +89,11 @@ def pad(end_B: jax.Array, length_B: jax.Array, *, longest: int) -> Tokens:
     row_BL = jnp.where(real_BL, end_B[:, None] - 1 - rank_BL, 0)
     segment_BL = jnp.broadcast_to(jnp.arange(examples, dtype=jnp.int32)[:, None], rank_BL.shape)
     flat = [x.reshape(-1) for x in (row_BL, segment_BL, rank_BL, real_BL)]
-    return Tokens(*flat, examples, longest)
+    return Tokens(*flat, examples=examples, length=longest)
 
 
 def budget(lengths_B: np.ndarray, *, longest: int) -> int:
     """The smallest token budget that holds these histories; nothing is ever dropped."""
     total = int(lengths_B.sum())
     whole = len(lengths_B) * longest
-    return next(slots for b in BUDGETS if (slots := -(-int(whole * b) // 64) * 64) >= total)
+    return next(slots for b in BUDGETS if (slots := -(-max(int(whole * b), 1) // 64) * 64) >= total)
