@@ -20,7 +20,8 @@ from typing import Any
 from loopfm_jax.errors import UserError
 
 MANIFEST = "manifest.json"
-MARK = "attempt.json"  # of an unfinished stage: what it is being made from
+MARK, CHECKPOINTS = "attempt.json", "checkpoints"
+"""In an unfinished stage: what it is being made from, and where it may go on."""
 COMMANDS = {"data": "prepare", "teacher": "train-fm", "export": "export", "history": "structure"}
 """Folder name -> the command that fills it; every other folder is a VM's."""
 PACKAGES = ("loopfm-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "polars")
@@ -44,7 +45,7 @@ class Stage:
     sources: Mapping[str, str] = field(default_factory=dict)
     """Raw files it reads: name -> sha256."""
     resumable: bool = False
-    """Keep an interrupted attempt, for `work` to go on from."""
+    """Keep the folder `checkpoints` of an interrupted attempt, for `work` to go on from."""
 
     @property
     def partial(self) -> Path:
@@ -106,8 +107,7 @@ def _make(stage: Stage, work: Callable[[Path], Report], identity: Report) -> Rep
         (stage.partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
         _replace(stage)
     except BaseException:
-        if not (stage.resumable and _begun(stage.partial)):
-            shutil.rmtree(stage.partial, ignore_errors=True)
+        _clear(stage)
         raise
     return manifest
 
@@ -197,20 +197,29 @@ def _refuse_foreign(directory: Path) -> None:
             )
 
 
-def _begun(partial: Path) -> bool:
-    """Whether an attempt left anything to go on from."""
-    files = [p.name for p in partial.rglob("*") if p.is_file()]
-    return MARK in files and len(files) > 1
-
-
 def _open_partial(stage: Stage, identity: Report) -> None:
     mark = stage.partial / MARK
     text = json.dumps(identity, sort_keys=True)
-    if stage.resumable and mark.exists() and mark.read_text() == text:
-        return
-    shutil.rmtree(stage.partial, ignore_errors=True)
-    stage.partial.mkdir(parents=True)
+    if not (mark.exists() and mark.read_text() == text):
+        shutil.rmtree(stage.partial, ignore_errors=True)
+    _clear(stage)
+    stage.partial.mkdir(parents=True, exist_ok=True)
     mark.write_text(text)
+
+
+def _clear(stage: Stage) -> None:
+    """Leaves of an attempt what can be gone on from: its checkpoints, or nothing."""
+    checkpoints, mark = stage.partial / CHECKPOINTS, stage.partial / MARK
+    kept = (checkpoints, mark) if stage.resumable and mark.exists() and _any(checkpoints) else ()
+    for path in stage.partial.glob("*"):
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+    if not kept:
+        shutil.rmtree(stage.partial, ignore_errors=True)
+
+
+def _any(folder: Path) -> bool:
+    return any(p.is_file() for p in folder.rglob("*"))
 
 
 def _replace(stage: Stage) -> None:
