@@ -1,12 +1,15 @@
-"""`loopfm <command> <configuration file> [options]`: one table of commands that reads as the flow."""
+"""`loopfm <command> <configuration.py> [options]`: one table of commands that reads as the flow."""
 
+import difflib
 import errno
 import json
 import logging
+import math
 import os
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,9 @@ from loopfm_jax.errors import UserError
 from loopfm_jax.flow import Flow
 from loopfm_jax.inputs import open_inputs
 from loopfm_jax.progress import say
+from loopfm_jax.sharding import make_mesh
 
+DISK = [os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)]
 CONTROLS = ("swapped-histories", "shuffled-labels")
 XLA_CACHE = Path("~/.cache/loopfm_jax/xla")
 
@@ -62,7 +67,8 @@ def train_vm(flow: Flow) -> dict[str, Any]:
         other, histories = results.controlled(flow, control)
         if other is not flow:
             say(f"control {control}: another FM")
-            other.train_fm(), other.export(), other.structure()
+            for stage in (other.train_fm, other.export, other.structure):
+                stage()
         for seed in seeds:
             other.train_vm(results.CONTROL_METHOD, seed, histories)
     return trained
@@ -70,6 +76,8 @@ def train_vm(flow: Flow) -> dict[str, Any]:
 
 def evaluate(flow: Flow) -> dict[str, Any]:
     """metrics of the trained methods on the test window, and the report"""
+    for folder in (flow.data, flow.teacher, flow.exported, flow.history):
+        stages.verify(folder)
     found = results.collect(flow, command="loopfm " + " ".join(sys.argv[1:]))
     report.write(found, flow.root)
     print(report.table(found), file=sys.stderr)
@@ -82,12 +90,17 @@ def render(flow: Flow) -> dict[str, Any]:
     path = flow.root / "report.json"
     if not path.exists():
         raise UserError(f"{path} is missing: run `loopfm evaluate` first")
-    report.write(json.loads(path.read_text()), flow.root)
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path} is damaged: run `loopfm evaluate` again") from None
+    report.write(found, flow.root)
     return {"report": str(flow.root / "report.html")}
 
 
 def run(flow: Flow) -> dict[str, Any]:
     """all of them"""
+    make_mesh(flow.config.mesh)  # fails before the first stage rather than after it
     for stage in (prepare, train_fm, export, structure, train_vm):
         stage(flow)
     return evaluate(flow)
@@ -108,34 +121,39 @@ COMMANDS: dict[str, Callable[[Flow], dict[str, Any]]] = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit status 2 on a user's mistake, with one message and no traceback."""
     try:
-        print(json.dumps(_dispatch(list(sys.argv[1:] if argv is None else argv))))
+        found = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        print(json.dumps(_strict(found), allow_nan=False))
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to go on", status=130)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
-            raise
-        _fail(_disk_message(error))
 
 
 def _dispatch(argv: list[str]) -> dict[str, Any]:
     if not argv or argv[0] in ("-h", "--help"):
-        print(_usage())
+        print(_usage(), file=sys.stdout if argv else sys.stderr)
         sys.exit(0 if argv else 2)
     if argv[0] == "--version":
         print(f"loopfm {__version__}")
         sys.exit(0)
     command, *rest = argv
     if command not in COMMANDS:
-        raise UserError(f"no command {command!r}: commands are {', '.join(COMMANDS)}")
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"no command {command!r}: commands are {', '.join(COMMANDS)}{hint}")
     if not rest or rest[0].startswith("-"):
         raise UserError(f"which configuration? loopfm {command} configs/synthetic.py [options]")
     config = parse(Path(rest[0]), rest[1:], command=command)
     _quiet()
-    config.workdir.mkdir(parents=True, exist_ok=True)
-    (config.workdir / "config.json").write_text(json.dumps(as_json(config), indent=1))
-    return COMMANDS[command](Flow(config))
+    try:
+        config.workdir.mkdir(parents=True, exist_ok=True)
+        (config.workdir / "config.json").write_text(json.dumps(as_json(config), indent=1))
+        return COMMANDS[command](Flow(config))
+    except Exception as error:
+        message = None if isinstance(error, UserError) else _disk_message(error, config.workdir)
+        if message is None:
+            raise
+        raise UserError(message) from None
 
 
 def parse(path: Path, options: Sequence[str], *, command: str = "run") -> Config:
@@ -147,18 +165,38 @@ def parse(path: Path, options: Sequence[str], *, command: str = "run") -> Config
             options[at:at] = CONTROLS
     return tyro.cli(
         Config,
-        default=load(path),
+        default=_load(path),
         args=options,
         prog=f"loopfm {command} {path}",
         config=(tyro.conf.AvoidSubcommands,),
     )
 
 
+def _load(path: Path) -> Config:
+    """A configuration file is a program of the user's: where it fails is a line of it."""
+    try:
+        return load(path)
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
+    except Exception as error:
+        calls = traceback.extract_tb(error.__traceback__)
+        lines = [call.lineno for call in calls if call.filename == str(path)]
+        at = f", line {lines[-1]}" if lines else ""
+        raise UserError(f"{path}{at}: {type(error).__name__}: {error}") from None
+
+
 def _usage() -> str:
     lines = [f"  {name:10} {function.__doc__}" for name, function in COMMANDS.items()]
     return "\n".join(
-        ["loopfm <command> <configuration.py> [options]", "", *lines, "", "options of a "
-         "configuration: loopfm <command> <configuration.py> --help"]
+        [
+            "loopfm <command> <configuration.py> [options]",
+            "",
+            *lines,
+            "",
+            "options of a configuration: loopfm <command> <configuration.py> --help",
+        ]
     )
 
 
@@ -167,23 +205,46 @@ def _fail(message: str, *, status: int = 2) -> None:
     sys.exit(status)
 
 
-def _disk_message(error: OSError) -> str:
-    path = Path(error.filename or ".").absolute()
-    while not path.exists():
-        path = path.parent
-    free = shutil.disk_usage(path).free
-    return (
-        f"{error.strerror}: {error.filename or path} ({free:,} bytes free there); free some space "
-        "or choose another --workdir; nothing half-written was kept as complete"
-    )
+def _strict(value: Any) -> Any:
+    """JSON knows no NaN: null instead."""
+    if isinstance(value, dict):
+        return {name: _strict(v) for name, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _disk_message(error: Exception, workdir: Path) -> str | None:
+    """What to say if the surroundings are at fault. Libraries wrap what the system says."""
+    for words in DISK:
+        if words in str(error):
+            while not workdir.exists():
+                workdir = workdir.parent
+            free = shutil.disk_usage(workdir).free
+            return (
+                f"{words}: {workdir} ({free:,} bytes free there now); free some space or choose "
+                "another --workdir; nothing half-written was kept as complete"
+            )
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        return f"{error.filename}: a file is in the way; remove it or choose another --workdir"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.strerror}: {error.filename}: is it there, and what are its permissions?"
+    return None
 
 
 def _quiet() -> None:
     """Libraries keep to warnings; compiled programs are kept between runs."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    absl = logging.getLogger("absl")
+    absl.setLevel(logging.ERROR)
+    absl.addFilter(_no_traceback)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(XLA_CACHE.expanduser())
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _no_traceback(record: logging.LogRecord) -> bool:
+    """Orbax logs with a traceback what it then raises in the thread that waits for it."""
+    return not record.exc_info
 
 
 def _input_rate(flow: Flow) -> float:

@@ -143,7 +143,9 @@ def _read_logs(folder: Path) -> pl.DataFrame:
 
 def _check_ids(log: pl.DataFrame, name: str, limit: int, side: pl.DataFrame) -> None:
     ids = log[name]
-    bad = ids.is_null() | (ids < 0) | (ids >= limit)
+    if empty := ids.null_count():
+        raise UserError(f"{name} is empty in {empty:,} rows of the log: fill or drop those rows")
+    bad = (ids < 0) | (ids >= limit)
     if bad.any():
         raise UserError(
             f"{name} {ids.filter(bad)[0]} is outside 0..{limit - 1}, the range of KuaiRand-Pure; "

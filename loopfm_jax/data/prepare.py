@@ -36,7 +36,7 @@ def prepare(
     check(raw)
     frame = in_time_order(raw.frame)
     cuts, bounds_text = cut(frame["time"].to_numpy(), windows)
-    span = f"the log runs from {_iso(frame['time'][0])} to {_iso(frame['time'][-1])}"
+    span = _span(frame["time"].to_numpy())
     frame = frame.head(cuts["test"][1])
     label = frame["label"].cast(pl.Float64).cast(pl.UInt8).to_numpy()
     rows = {split: stop - start for split, (start, stop) in cuts.items()}
@@ -106,7 +106,10 @@ def cut(time: np.ndarray, windows: Windows) -> tuple[dict[str, tuple[int, int]],
         marks = [windows.fm_end, windows.validation_start, windows.vm_end]
     times = [_to_ms(mark, time) for mark in marks]
     if not times[0] < times[1] < times[2]:
-        raise UserError(f"window ends must rise, but are {', '.join(marks)}; change data.windows")
+        raise UserError(
+            f"window ends must rise, but are {', '.join(marks)}, and {_span(time)}; change "
+            "data.windows"
+        )
     stops = [int(s) for s in np.searchsorted(time, times)]
     starts = [0, *stops[:-1]]
     text = ", ".join(f"{s} until {m}" for s, m in zip(SPLITS, marks, strict=True))
@@ -130,8 +133,10 @@ def _to_ms(mark: str, time: np.ndarray) -> int:
     return round(moment.timestamp() * 1000)
 
 
-def _iso(ms: int) -> str:
-    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds")
+def _span(time: np.ndarray) -> str:
+    ends = [datetime.fromtimestamp(int(ms) / 1000, UTC) for ms in (time[0], time[-1])]
+    first, last = (moment.isoformat(timespec="seconds") for moment in ends)
+    return f"the log runs from {first} to {last}"
 
 
 def dense_key(key: pl.Series) -> np.ndarray:

@@ -1,0 +1,253 @@
+"""A user's mistake: one message with value, limit and fix, exit 2, and nothing half-written."""
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from command_line import SYNTHETIC, CommandLine
+
+from loopfm_jax import cli
+from loopfm_jax.data import builder
+
+
+@pytest.fixture
+def loopfm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(tmp_path, capsys)
+
+
+def has(message: str, *words: str) -> None:
+    assert all(word in message for word in words), message
+
+
+OPTIONS = {
+    "unknown option": (["--data.rowz", "500"], ["--data.rowz", "Perhaps you meant", "--data.rows"]),
+    "unknown word": (["extra"], ["Unrecognized options: extra"]),
+    "option of another data set": (["--data.raw-dir", "/tmp"], ["--data.raw-dir"]),
+    "not a number": (["--data.rows", "many"], ["--data.rows", "'many'"]),
+    "too few rows": (["--data.rows", "50"], ["50", "between 100 and 5e+07", "--data.rows"]),
+    "unknown method": (["--methods", "base", "lopfm"], ["'lopfm'", "kd+loopfm"]),
+    "unknown control": (["--control", "nothing"], ["'nothing'", "swapped-histories"]),
+    "unknown backbone": (["--fm.backbone", "dcn"], ["'dcn'", "dmin"]),
+    "no seeds": (["--seeds", "0"], ["seeds is 0", "at least 1"]),
+    "batch of 0": (["--fm.train.order.batch", "0"], ["order.batch is 0", "at least 1"]),
+    "no epochs": (["--vm.train.order.epochs", "-1"], ["order.epochs is -1"]),
+    "bad window": (["--data.windows.fm-end", "half"], ["'half'", "50%", "data.windows"]),
+    "no zone": (["--data.windows.fm-end", "2024-01-03"], ["write 2024-01-03T00:00+00:00"]),
+    "falling windows": (["--data.windows.vm-end", "40%"], ["must rise", "50%, 40%, 100%"]),
+    "empty FM window": (["--data.windows.fm-end", "0%"], ["fm window is empty", "2024-01-01T"]),
+    "window past the log": (
+        ["--data.windows.vm-end", "100%", "--data.windows.test-end", "2030-01-01T00:00Z"],
+        ["test window is empty", "the log runs from 2024-01-01T", "move data.windows"],
+    ),
+    "infinite window": (["--data.windows.fm-end", "inf%"], ["'inf%'"]),
+    "unknown holdout": (["--data.windows.holdout", "tests"], ["'tests'", "validation"]),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options(loopfm, case):
+    options, words = OPTIONS[case]
+    has(loopfm.refuse("prepare", *options), *words)
+
+
+def test_commands(loopfm):
+    config = str(loopfm.config)
+    has(loopfm.fail(["prepar", config]), "'prepar'", "train-fm", "did you mean 'prepare'?")
+    has(loopfm.fail(["dance", config]), "'dance'", "evaluate")
+    has(loopfm.fail(["prepare"]), "which configuration?")
+    has(loopfm.fail(["prepare", "--seeds", "2"]), "which configuration?")
+
+
+def test_no_arguments_show_the_commands(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([])
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2 and not captured.out
+    assert all(name in captured.err for name in cli.COMMANDS)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--help"])
+    assert not stopped.value.code and capsys.readouterr().out == captured.err
+
+
+CONFIGS = {
+    "no get_config": ("x = 1", ["defines no get_config()"]),
+    "another type": ("def get_config():\n    return {}", ["returned dict, not a Config"]),
+    "syntax": ("def get_config(:\n    pass", ["config.py, line 1"]),
+    "import": ("x = 1\nimport loopfm_jux", ["config.py, line 2", "loopfm_jux"]),
+    "unknown field": (
+        "from loopfm_jax.config import Config\ndef get_config():\n    return Config(sed=1)",
+        ["config.py, line 3", "'sed'"],
+    ),
+    "a value out of its limits": (
+        "from loopfm_jax.data.synthetic import Synthetic\nSynthetic(gap=2)",
+        ["gap is 2", "between 0 and 1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_configuration_files(loopfm, case):
+    text, words = CONFIGS[case]
+    loopfm.config.write_text(text)
+    has(loopfm.refuse("prepare", leaves=()), *words)
+
+
+def test_a_missing_configuration_file(loopfm):
+    loopfm.config.unlink()
+    has(loopfm.refuse("prepare", leaves=()), str(loopfm.config), "see configs/")
+
+
+def test_a_workdir_of_another_configuration(loopfm):
+    loopfm.succeed("prepare")
+    before = loopfm.files()
+    message = loopfm.refuse("prepare", "--data.rows", "1500", leaves=before)
+    has(message, "data.rows was 2000, now 1500", "--workdir", "--force")
+    assert loopfm.files() == before
+    loopfm.succeed("prepare")
+    assert loopfm.succeed("prepare", "--data.rows", "1500", "--force")["rows"]["fm"] < 900
+
+
+def test_stages_out_of_order(loopfm):
+    for command in ("train-fm", "evaluate"):
+        has(loopfm.refuse(command), "data is missing or incomplete", "`loopfm prepare`")
+    has(loopfm.refuse("report"), "report.json is missing", "`loopfm evaluate`")
+    (loopfm.workdir / "report.json").write_text("{")
+    has(loopfm.fail(loopfm.argv("report")), "report.json is damaged", "`loopfm evaluate`")
+
+
+def test_a_damaged_stage(loopfm):
+    loopfm.succeed("prepare")
+    file = next(loopfm.workdir.rglob("*fm.array_record*"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    for command in ("prepare", "train-fm"):
+        has(loopfm.fail(loopfm.argv(command)), str(file), "sha256", "--force")
+    loopfm.succeed("prepare", "--force")
+
+
+def test_a_workdir_that_is_a_file(loopfm):
+    loopfm.workdir.write_text("")
+    has(loopfm.fail(loopfm.argv("prepare")), str(loopfm.workdir), "in the way")
+    loopfm.workdir = loopfm.workdir / "below"
+    has(loopfm.fail(loopfm.argv("prepare")), str(loopfm.workdir), "in the way")
+
+
+def test_a_workdir_with_somebody_elses_data(loopfm):
+    (loopfm.workdir / "data").mkdir(parents=True)
+    (loopfm.workdir / "data" / "log.csv").write_text("mine")
+    leaves = ("config.json", "data/log.csv")
+    has(loopfm.refuse("run", "--force", leaves=leaves), "data is in the way", "--workdir")
+    assert (loopfm.workdir / "data" / "log.csv").read_text() == "mine"
+
+
+def test_a_mesh_larger_than_the_devices(loopfm):
+    message = loopfm.refuse("run", "--mesh.data", "4", "--mesh.model", "4")
+    has(message, "data=4 x model=4 needs 16 devices", "8 (cpu)", "--mesh.data")
+
+
+def prepared_files(loopfm: CommandLine) -> list[str]:
+    loopfm.succeed("prepare")
+    return loopfm.files()
+
+
+def test_a_batch_that_the_mesh_does_not_divide(loopfm):
+    message = loopfm.refuse("run", "--mesh.data", "3", leaves=prepared_files(loopfm))
+    has(message, "batch of 64", "mesh.data = 3", "order.batch")
+
+
+def test_an_unknown_tap(loopfm):
+    message = loopfm.refuse("run", "--fm.tap", "hidden_7", leaves=prepared_files(loopfm))
+    has(message, "'hidden_7'", "embedding, hidden_0, all")
+
+
+WRITES = {
+    "system": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some.array_record"),
+    "no name": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    "wrapped": RuntimeError("write() failed: No space left on device; at byte 24576"),
+    "quota": OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+    "read-only": OSError(errno.EROFS, os.strerror(errno.EROFS)),
+}
+
+
+@pytest.mark.parametrize("case", WRITES)
+def test_a_full_disk(loopfm, monkeypatch, case):
+    def full(*args, **kwargs):
+        raise WRITES[case]
+
+    monkeypatch.setattr(builder, "write", full)
+    has(loopfm.refuse("prepare"), str(loopfm.workdir), "bytes free", "--workdir")
+    monkeypatch.undo()
+    loopfm.succeed("prepare")
+
+
+def test_a_file_that_may_not_be_read(loopfm, monkeypatch):
+    def locked(*args, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/locked/log.csv")
+
+    monkeypatch.setattr(builder, "write", locked)
+    has(loopfm.refuse("prepare"), "Permission denied: /locked/log.csv", "permissions")
+
+
+def test_a_bug_keeps_its_traceback(loopfm, monkeypatch):
+    def wrong(*args, **kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(builder, "write", wrong)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(loopfm.argv("prepare"))
+    assert loopfm.files() == ["config.json"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=140k", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("needs the right to mount a small file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full(loopfm, small_disk):
+    loopfm.workdir = small_disk / "run"
+    has(loopfm.refuse("prepare"), "No space left on device", str(loopfm.workdir))
+
+
+def test_interrupted(loopfm, monkeypatch, capsys):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(builder, "write", stop)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(loopfm.argv("prepare"))
+    assert stopped.value.code == 130 and "same command again" in capsys.readouterr().err
+    assert loopfm.files() == ["config.json"]
+
+
+def test_the_result_is_json_without_nan(loopfm):
+    assert cli._strict({"a": [1.0, float("nan")], "b": (float("inf"),)}) == {
+        "a": [1.0, None],
+        "b": [None],
+    }
+    facts = loopfm.succeed("prepare")
+    assert sum(facts["rows"].values()) == 2000
+    assert loopfm.succeed("prepare") == facts
+
+
+def test_a_real_process(loopfm):
+    loopfm.configure(SYNTHETIC.replace("rows=2000", "rows=7"))
+    command = [sys.executable, "-m", "loopfm_jax", *loopfm.argv("prepare")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("loopfm: synthetic data: rows is 7")
+    assert done.stderr.count("\n") == 1 and not loopfm.workdir.exists()
