@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from loopfm_jax.errors import UserError
 from loopfm_jax.history.packing import Tokens
 
 EncoderName = Literal["mean", "sum", "din", "dmin"]
@@ -28,6 +29,18 @@ class EncoderConfig:
     """Interests of the DMIN encoder (the paper: 4)."""
     score_hidden: tuple[int, ...] = (64, 32)
     """Hidden layers of the attention score."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"encoder.{name} is {getattr(self, name)}; at least 1 is needed")
+        if self.name == "dmin" and self.width % self.heads:
+            raise UserError(
+                f"encoder.width {self.width} does not divide into encoder.heads {self.heads}: make "
+                "the width a multiple of the heads"
+            )
+        if not self.score_hidden:
+            raise UserError("encoder.score_hidden is empty; give at least one width, e.g. 64 32")
 
 
 def linear(inputs: int, outputs: int, *, rngs: nnx.Rngs, bias: bool = True) -> nnx.Linear:
@@ -111,7 +124,9 @@ class Dmin(nnx.Module):
         self.project = linear(inputs, width, rngs=rngs)
         self.query = linear(query, width, rngs=rngs)
         self.attend = linear(width, 3 * width, rngs=rngs, bias=False)
-        self.mix = nnx.List([linear(width // heads, width, rngs=rngs, bias=False) for _ in range(heads)])
+        self.mix = nnx.List(
+            [linear(width // heads, width, rngs=rngs, bias=False) for _ in range(heads)]
+        )
         self.norm = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(heads)])
         self.grow = nnx.List([linear(width, 2 * width, rngs=rngs) for _ in range(heads)])
         self.shrink = nnx.List([linear(2 * width, width, rngs=rngs) for _ in range(heads)])
@@ -134,13 +149,12 @@ class Dmin(nnx.Module):
         qkv_BLHD = tokens.pad(self.attend(token_TW).reshape(len(token_TW), 3 * self.heads, -1))
         q, k, v = jnp.split(qkv_BLHD, 3, axis=2)
         rank_L = jnp.arange(tokens.length)
-        real_BL = rank_L < tokens.count()[:, None]
+        real_BL = rank_L[None] < tokens.count()[:, None]
         older_LL = rank_L[None, :] >= rank_L[:, None]
         itself_LL = rank_L[None, :] == rank_L[:, None]
-        mask_BLL = (older_LL & real_BL[:, None, :]) | itself_LL
+        mask_BLL = (older_LL[None] & real_BL[:, None, :]) | itself_LL[None]
         mixed = jax.nn.dot_product_attention(q, k, v, mask=mask_BLL[:, None])
         return tokens.unpad(mixed)
-
 
 
 ENCODERS = {"mean": Mean, "sum": Sum, "din": Din, "dmin": Dmin}

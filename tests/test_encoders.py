@@ -1,0 +1,286 @@
+"""One contract for all history encoders, and plain-numpy oracles of each."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from noise import named, noisy
+
+from loopfm_jax.errors import UserError
+from loopfm_jax.history import packing
+from loopfm_jax.vm.encoders import ENCODERS, Dmin, EncoderConfig, Score
+
+B, L, T, N, X, Q, W = 5, 4, 23, 14, 6, 3, 8
+CONFIG = EncoderConfig(width=W, heads=2, score_hidden=(7, 5))
+LENGTH = np.array([3, 0, 4, 1, 2], np.int32)
+END = np.array([3, 9, 8, 10, 13], np.int32)
+"""Rows 0-2, none, 4-7, 9 and 11-12: no two examples share a row, some rows are nobody's."""
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Compiler options."""
+ORDERED = {"dmin"}
+"""Encoders to which the order of entries matters."""
+
+LAYOUTS = {
+    "pack": partial(packing.pack, slots=T, longest=L),
+    "pad": partial(packing.pad, longest=L),
+}
+SLOTS = {"pack": T, "pad": B * L}
+every_encoder = pytest.mark.parametrize("name", ENCODERS)
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@cache
+def encoder(name: str):
+    return noisy(lambda rngs: ENCODERS[name](X, Q, CONFIG, rngs=rngs))
+
+
+def draw(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng((seed, *shape)).normal(size=shape).astype(np.float32)
+
+
+@cache
+def compiled(name: str, layout: str):
+    """Summaries and every slope of them; one forward and one backward pass, to compile fast."""
+    graphdef, params = nnx.split(encoder(name))
+    direction_O = draw(nnx.merge(graphdef, params).outputs)
+
+    def summarise(params, store_NX, unreal_TX, query_BQ, end_B, length_B):
+        tokens = LAYOUTS[layout](end_B, length_B)
+        value_TX = jnp.where(tokens.real_T[:, None], store_NX[tokens.row_T], unreal_TX)
+        return nnx.merge(graphdef, params)(value_TX, query_BQ, tokens)
+
+    @partial(jax.jit, compiler_options=FAST)
+    def run(store_NX, unreal_TX, query_BQ, end_B, length_B):
+        summary_BO, backward = jax.vjp(
+            lambda *x: summarise(*x, end_B, length_B), params, store_NX, unreal_TX, query_BQ
+        )
+        one_by_one = jnp.eye(B)[:, :, None] * direction_O[None, None]
+        seeds = jnp.concatenate([one_by_one, 2 * summary_BO[None]])
+        by_params, *slopes = jax.vmap(backward)(seeds)
+        by_params = jax.tree.map(lambda g: g[B], by_params)  # of the sum of squares
+        return summary_BO, [slope[:B] for slope in slopes], by_params
+
+    return run
+
+
+def run(name, layout, *, store=None, unreal=0.0, query=None, end=END, length=LENGTH):
+    """(summaries [B,O], their slopes by (store [B,N,X], unreal slots [B,T,X], query [B,B,Q]),
+    gradient by parameters)."""
+    store = draw(N, X) if store is None else store
+    query = draw(B, Q) if query is None else query
+    unreal = np.broadcast_to(np.float32(unreal), (SLOTS[layout], X))
+    results = compiled(name, layout)(store, unreal, query, end, length)
+    return jax.tree.map(np.asarray, results)
+
+
+def rows_of(example: int, end=END, length=LENGTH) -> list[int]:
+    """Store rows of an example, newest first."""
+    return [int(end[example]) - 1 - rank for rank in range(int(length[example]))]
+
+
+def close(actual, expected, tolerance: float = 1e-5) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+# ------------------------------------------------------------------------------ contract
+
+
+@every_encoder
+def test_padded_and_packed_agree_in_numbers_and_gradients(name):
+    packed, (by_store, _, by_query), by_params = run(name, "pack")
+    padded, (by_store_too, _, by_query_too), by_params_too = run(name, "pad")
+    assert packed.shape == (B, encoder(name).outputs) and packed.dtype == np.float32
+    close(packed, padded)
+    close(by_store, by_store_too)
+    close(by_query, by_query_too)
+    scale = max(abs(g).max() for g in jax.tree.leaves(by_params))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), by_params, by_params_too
+    )
+    kernels = [g for path, g in jax.tree.leaves_with_path(by_params) if "kernel" in str(path)]
+    assert all(abs(g).max() > 1e-3 * scale for g in kernels)  # every one is used
+
+
+@every_layout
+@every_encoder
+def test_empty_histories_give_zeros_and_finite_gradients(name, layout):
+    summary, *slopes = run(name, layout)
+    assert not summary[1].any() and summary[[0, 2, 3, 4]].any(axis=1).all()
+    nothing, *slopes_of_nothing = run(name, layout, length=np.zeros(B, np.int32))
+    assert not nothing.any()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((slopes, slopes_of_nothing)))
+    assert not any(x.any() for x in jax.tree.leaves(slopes_of_nothing))
+
+
+@every_layout
+@every_encoder
+def test_an_example_depends_on_its_own_entries_and_query_alone(name, layout):
+    _, (by_store, _, by_query), _ = run(name, layout)
+    depends_BN = (by_store != 0).any(axis=2)
+    expected_BN = np.zeros((B, N), bool)
+    for b in range(B):
+        expected_BN[b, rows_of(b)] = True
+    np.testing.assert_array_equal(depends_BN, expected_BN)
+    asks = name in ("din", "dmin")  # a single entry has weight 1 whatever is asked
+    np.testing.assert_array_equal((by_query != 0).any(axis=2), np.diag(asks & (LENGTH > 1)))
+
+
+@every_layout
+@every_encoder
+def test_perturbing_an_example_changes_no_other(name, layout):
+    before = run(name, layout)[0]
+    for b in np.flatnonzero(LENGTH):
+        store = draw(N, X)
+        store[rows_of(b)] += 1
+        query = draw(B, Q)
+        query[b] -= 1
+        changed = (run(name, layout, store=store, query=query)[0] != before).any(axis=1)
+        np.testing.assert_array_equal(changed, np.arange(B) == b)
+
+
+@every_layout
+@every_encoder
+@pytest.mark.parametrize("garbage", [-50.0, 50.0])
+def test_unreal_slots_have_no_influence(name, layout, garbage):
+    with_zeros = run(name, layout)
+    with_garbage = run(name, layout, unreal=garbage)
+    np.testing.assert_array_equal(with_garbage[0], with_zeros[0])
+    assert not with_garbage[1][1].any()  # nor has it a slope
+    scale = max(abs(g).max() for g in jax.tree.leaves(with_zeros[2]))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale),
+        with_garbage[2],
+        with_zeros[2],
+    )
+
+
+@every_layout
+@every_encoder
+def test_permuting_examples_permutes_summaries(name, layout):
+    order = np.array([2, 4, 1, 0, 3])
+    moved = run(name, layout, query=draw(B, Q)[order], end=END[order], length=LENGTH[order])[0]
+    close(moved, run(name, layout)[0][order])
+
+
+@every_layout
+@every_encoder
+def test_order_of_entries_matters_only_where_it_should(name, layout):
+    store = draw(N, X)
+    for b in range(B):
+        store[rows_of(b)] = store[rows_of(b)[::-1]]
+    turned, straight = run(name, layout, store=store)[0], run(name, layout)[0]
+    differs = np.abs(turned - straight).max(axis=1) > 1e-4
+    np.testing.assert_array_equal(differs, (name in ORDERED) & (LENGTH > 1))
+
+
+# ------------------------------------------------------------------------------- oracles
+
+
+def dense(p: dict, name: str, x: np.ndarray) -> np.ndarray:
+    return x @ p[f"{name}/kernel"] + p.get(f"{name}/bias", 0)
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    e = np.exp(scores - scores.max())
+    return e / e.sum()
+
+
+def score_by_hand(p: dict, name: str, target_W: np.ndarray, token_LW: np.ndarray) -> np.ndarray:
+    """The concatenated form: MLP([t, h, t-h, t*h]), its kernel rebuilt from the three blocks."""
+    target_LW = np.broadcast_to(target_W, token_LW.shape)
+    c_WK = draw(W, CONFIG.score_hidden[0], seed=3)  # any: it cancels
+    blocks = [
+        p[f"{name}/target/kernel"] - c_WK,
+        p[f"{name}/token/kernel"] + c_WK,
+        c_WK,
+        p[f"{name}/product/kernel"],
+    ]
+    parts = [target_LW, token_LW, target_LW - token_LW, target_LW * token_LW]
+    x = np.concatenate(parts, axis=1) @ np.concatenate(blocks) + p[f"{name}/target/bias"]
+    for i in range(len(CONFIG.score_hidden)):
+        x = dense(p, f"{name}/rest/{i}", np.maximum(x, 0))
+    return x[:, 0]
+
+
+def din_by_hand(p: dict, token_LX: np.ndarray, query_Q: np.ndarray) -> np.ndarray:
+    token_LW = dense(p, "project", token_LX)
+    return softmax(score_by_hand(p, "score", dense(p, "query", query_Q), token_LW)) @ token_LW
+
+
+def dmin_by_hand(p: dict, token_LX: np.ndarray, query_Q: np.ndarray) -> np.ndarray:
+    token_LW, target_W = dense(p, "project", token_LX), dense(p, "query", query_Q)
+    length, size = len(token_LW), W // CONFIG.heads
+    q, k, v = np.split(token_LW @ p["attend/kernel"], 3, axis=1)
+    interests = []
+    for h in range(CONFIG.heads):
+        part, mixed = slice(h * size, (h + 1) * size), np.zeros((length, size))
+        for i in range(length):  # newest first: i and everything after it is as old or older
+            seen = slice(i, length)
+            weight = softmax(k[seen, part] @ q[i, part] / np.sqrt(size))
+            mixed[i] = weight @ v[seen, part]
+        x = token_LW + dense(p, f"mix/{h}", mixed)
+        x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-6)
+        x = x * p[f"norm/{h}/scale"] + p[f"norm/{h}/bias"]
+        x = x + dense(p, f"shrink/{h}", np.maximum(dense(p, f"grow/{h}", x), 0))
+        interests.append(softmax(score_by_hand(p, f"score/{h}", target_W, x)) @ x)
+    return np.concatenate(interests)
+
+
+BY_HAND = {
+    "mean": lambda p, token_LX, _: dense(p, "project", token_LX.mean(axis=0)),
+    "sum": lambda p, token_LX, _: dense(p, "project", token_LX.sum(axis=0)),
+    "din": din_by_hand,
+    "dmin": dmin_by_hand,
+}
+
+
+@every_layout
+@every_encoder
+def test_equals_plain_numpy(name, layout):
+    p, store, query = named(encoder(name)), draw(N, X), draw(B, Q)
+    summary = run(name, layout)[0]
+    for b in np.flatnonzero(LENGTH):
+        close(summary[b], BY_HAND[name](p, store[rows_of(b)].astype(np.float64), query[b]))
+
+
+@every_layout
+def test_self_attention_sees_entries_as_old_or_older(layout):
+    graphdef, params = nnx.split(encoder("dmin"))
+    tokens = jax.jit(LAYOUTS[layout])(END, LENGTH)
+
+    def mixed(token_TW):
+        model: Dmin = nnx.merge(graphdef, params)
+        return model._self_attention(token_TW, tokens).sum((1, 2))
+
+    sees_TT = (np.asarray(jax.jit(jax.jacrev(mixed))(draw(SLOTS[layout], W))) != 0).any(axis=2)
+    segment, rank, real = (np.asarray(x) for x in (tokens.segment_T, tokens.rank_T, tokens.real_T))
+    older_TT = (segment[:, None] == segment) & (rank[None] >= rank[:, None]) & real
+    np.testing.assert_array_equal(sees_TT[real], older_TT[real])
+
+
+def test_split_first_layer_is_the_concatenated_form():
+    score = noisy(lambda rngs: Score(W, CONFIG.score_hidden, rngs=rngs))
+    p = {f"score/{name}": values for name, values in named(score).items()}
+    tokens, target, token = jax.jit(LAYOUTS["pack"])(END, LENGTH), draw(B, W), draw(T, W)
+    graphdef, params = nnx.split(score)
+    result = np.asarray(jax.jit(lambda *x: nnx.merge(graphdef, params)(*x))(target, token, tokens))
+    for b in range(B):
+        mine = np.asarray(tokens.real_T & (tokens.segment_T == b))
+        close(result[mine], score_by_hand(p, "score", target[b], token[mine]))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"width": 0}, "encoder.width is 0"),
+        ({"heads": 0}, "encoder.heads is 0"),
+        ({"width": 32, "heads": 3}, "encoder.width 32 does not divide into encoder.heads 3"),
+        ({"score_hidden": ()}, "encoder.score_hidden is empty"),
+    ],
+)
+def test_shapes_that_cannot_be_built_are_refused(knobs, message):
+    with pytest.raises(UserError, match=message):
+        EncoderConfig(**knobs)
