@@ -5,7 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from loopfm_jax.metrics import Metrics, auc, entropy, logloss, measure, transfer_ratio
+from loopfm_jax.metrics import (
+    Metrics,
+    auc,
+    entropy,
+    logloss,
+    measure,
+    row_loss,
+    transfer_ratio,
+)
 
 LENGTH_EDGES = (0, 1, 3, 6, 11, 21, 51)  # history lengths 0, 1-2, 3-5, 6-10, 11-20, 21-50, 51+
 CLEAR = 2.0  # a difference counts as clear above this many standard errors
@@ -55,19 +63,19 @@ def transfer_ratios(
     Where the FM is not clearly better than the base VM (two standard errors of the paired
     difference of row losses), the ratio has no meaning and is reported with the reason instead.
     """
-    base = predictions["base"].mean(axis=0)
-    difference = _row_loss(label, base) - _row_loss(label, fm)
+    base = np.mean([row_loss(label, p) for p in predictions["base"]], axis=0)
+    difference = base - row_loss(label, fm)
     scale = entropy(label)
     ne_fm = logloss(label, fm) / scale
     gain = table["base"]["ne"] - ne_fm
     noise = float(difference.std(ddof=1) / np.sqrt(len(label)) / scale)
-    reason = None
-    if gain < CLEAR * noise:
+    if not gain > CLEAR * noise:
         reason = (
-            f"the frozen FM's NE on the test window is {ne_fm:.4f}, the base VM's "
+            f"on the evaluated window the frozen FM's NE is {ne_fm:.4f}, the base VM's "
             f"{table['base']['ne']:.4f}: the gain {gain:+.4f} is not above {CLEAR:.0f} standard "
             f"errors ({noise:.4f})"
         )
+        return {m: {"value": None, "reason": reason} for m in table if m != "base"}
     ratios = {}
     for method, row in table.items():
         if method != "base":
@@ -77,19 +85,14 @@ def transfer_ratios(
                 ne_fm_before=table["base"]["ne"],
                 ne_fm_after=ne_fm,
             )
-            ratios[method] = {"value": None, "reason": reason} if reason else {"value": ratio}
+            ratios[method] = {"value": ratio}
     return ratios
-
-
-def _row_loss(label: np.ndarray, probability: np.ndarray) -> np.ndarray:
-    p = np.clip(probability.astype(np.float64), 1e-12, 1 - 1e-12)
-    return -np.where(label > 0, np.log(p), np.log1p(-p))
 
 
 def by_history_length(
     predictions: Mapping[str, np.ndarray], *, label: np.ndarray, length: np.ndarray
 ) -> dict[str, Any]:
-    """AUC (mean over seeds) of the test rows whose history has so many entries; cold start first."""
+    """AUC (mean over seeds) of the rows whose history has so many entries; cold start first."""
     place = np.digitize(length, LENGTH_EDGES) - 1
     bins = [i for i in range(len(LENGTH_EDGES)) if (place == i).any()]
     masks = [place == i for i in bins]
@@ -118,7 +121,7 @@ def _number(value: float) -> float | None:
 def calibration_curve(
     predictions: Mapping[str, np.ndarray], *, label: np.ndarray, parts: int = 10
 ) -> dict[str, dict[str, list[float]]]:
-    """Mean prediction and click rate in equally full parts of the sorted predictions (first seed)."""
+    """Mean prediction and click rate in equally full parts of the sorted first-seed predictions."""
     curves = {}
     for method, seeds in predictions.items():
         order = np.array_split(np.argsort(seeds[0], kind="stable"), parts)
@@ -137,6 +140,4 @@ def history_lengths(length: np.ndarray) -> dict[str, list[int]]:
 
 def bayes(truth: np.ndarray, names: tuple[str, ...], label: np.ndarray) -> dict[str, float]:
     """NE of the known click probabilities of a simulated log: no model can beat them."""
-    return {
-        name: logloss(label, truth[:, i]) / entropy(label) for i, name in enumerate(names)
-    }
+    return {name: logloss(label, truth[:, i]) / entropy(label) for i, name in enumerate(names)}

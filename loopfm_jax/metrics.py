@@ -30,10 +30,15 @@ def measure(label: np.ndarray, probability: np.ndarray, key: np.ndarray) -> Metr
     )
 
 
+def row_loss(label: np.ndarray, probability: np.ndarray) -> np.ndarray:
+    """Negative log likelihood of every row, nats."""
+    p = np.clip(probability.astype(np.float64), 1e-12, 1 - 1e-12)
+    return -np.where(label > 0, np.log(p), np.log1p(-p))
+
+
 def logloss(label: np.ndarray, probability: np.ndarray) -> float:
     """Mean negative log likelihood, nats."""
-    p = np.clip(probability.astype(np.float64), 1e-12, 1 - 1e-12)
-    return float(-np.where(label > 0, np.log(p), np.log1p(-p)).mean())
+    return float(row_loss(label, probability).mean())
 
 
 def entropy(label: np.ndarray) -> float:
