@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The test suite with its dependencies:  scripts/test.sh [--python 3.12] [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/env.sh
+version=""
+if [ "${1:-}" = "--python" ]; then
+  version=$2
+  shift 2
+fi
+env=".venv${version:+-$version}"
+make_env "$env" "$(find_python "$version")" "[dev]"
+exec "$env/bin/python" -m pytest "$@"

@@ -1,0 +1,135 @@
+"""The training loop: resume, bad losses, meshes. Models here are tiny or the tiny real ones."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from loopfm_jax import loop
+from loopfm_jax.data.batches import Batch, OrderConfig
+from loopfm_jax.errors import UserError
+from loopfm_jax.sharding import MeshConfig, for_state, make_mesh
+
+ROWS, WIDTH = 160, 4
+FEATURES = np.random.default_rng(0).normal(size=(ROWS, WIDTH)).astype(np.float32)
+LABEL = (FEATURES.sum(1) > 0).astype(np.float32)
+ORDER = OrderConfig(order="shuffled", epochs=3, batch=16)
+CONFIG = loop.TrainConfig(order=ORDER, checkpoint_steps=4)
+
+
+class Noisy(nnx.Module):
+    """A linear model whose loss draws randomness, with a running statistic."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(WIDTH, 1, rngs=rngs)
+        self.norm = nnx.BatchNorm(WIDTH, rngs=rngs)
+
+
+def loss(model: Noisy, batch: dict[str, jax.Array], _: Any, key: jax.Array) -> Any:
+    noise = 0.01 * jax.random.normal(key, batch["x_BX"].shape)
+    logit_B = model.linear(model.norm(batch["x_BX"] + noise, use_running_average=False))[:, 0]
+    value = jnp.mean(jnp.logaddexp(0, logit_B) - batch["y_B"] * logit_B)
+    return value, {"logloss": value}
+
+
+def assemble(rows: np.ndarray) -> Batch:
+    return {"x_BX": FEATURES[rows], "y_B": LABEL[rows]}
+
+
+def run(directory: Path, *, assemble=assemble, config=CONFIG, mesh=None, loss=loss) -> loop.Trained:
+    return loop.train(
+        loop.Trainable(Noisy, loss),
+        np.arange(ROWS),
+        assemble,
+        config=config,
+        mesh=mesh or make_mesh(MeshConfig()),
+        seed=3,
+        directory=directory,
+    )
+
+
+def values(trained: loop.Trained) -> list[np.ndarray]:
+    return [np.asarray(x) for x in jax.tree.leaves(nnx.to_pure_dict(nnx.state(trained.model)))]
+
+
+@pytest.mark.parametrize("stop_at", [3, 13, 29])
+def test_a_resumed_run_ends_bit_equal(tmp_path: Path, stop_at: int) -> None:
+    whole = run(tmp_path / "whole")
+    calls = iter(range(10**6))
+
+    def dies(rows: np.ndarray) -> Batch:
+        if next(calls) == stop_at:
+            raise RuntimeError("killed")
+        return assemble(rows)
+
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "torn", assemble=dies)
+    steps: list[int] = []
+
+    def counts(rows: np.ndarray) -> Batch:
+        steps.append(1)
+        return assemble(rows)
+
+    resumed = run(tmp_path / "torn", assemble=counts)
+    for a, b in zip(values(whole), values(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert resumed.curve == whole.curve
+    total = 3 * ROWS // ORDER.batch
+    assert len(steps) <= total - (stop_at - 3) // CONFIG.checkpoint_steps * CONFIG.checkpoint_steps
+    assert not (tmp_path / "torn" / "checkpoints").exists()
+
+
+def test_learns_and_reports(tmp_path: Path) -> None:
+    config = replace(CONFIG, order=replace(ORDER, epochs=20))
+    trained = run(tmp_path, config=config)
+    assert trained.curve[-1]["logloss"] < trained.curve[0]["logloss"] - 0.03
+    assert trained.params == WIDTH + 1 + 2 * WIDTH
+    assert trained.examples_per_s > 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    def poisoned(rows: np.ndarray) -> Batch:
+        batch = assemble(rows)
+        batch["x_BX"] = np.where(rows[:, None] == 7, np.nan, batch["x_BX"])
+        return batch
+
+    with pytest.raises(UserError, match="not finite at step"):
+        run(tmp_path, assemble=poisoned)
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (4, 2), (1, 8)])
+def test_any_mesh_gives_the_same_answer(tmp_path: Path, shape: tuple[int, int]) -> None:
+    one = run(tmp_path / "one")
+    many = run(tmp_path / "many", mesh=make_mesh(MeshConfig(*shape)))
+    for a, b in zip(values(one), values(many), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+def test_a_batch_must_divide_over_the_mesh(tmp_path: Path) -> None:
+    config = replace(CONFIG, order=replace(ORDER, batch=10))
+    with pytest.raises(UserError, match="batch of 10 .* mesh.data = 4"):
+        run(tmp_path, config=config, mesh=make_mesh(MeshConfig(4, 2)))
+
+
+def test_a_mesh_larger_than_the_machine_is_refused() -> None:
+    with pytest.raises(UserError, match="needs 16 devices, but there are 8"):
+        make_mesh(MeshConfig(8, 2))
+
+
+def test_rules_shard_tables_over_all_devices_and_kernels_over_model() -> None:
+    mesh = make_mesh(MeshConfig(4, 2))
+    shapes = {
+        "table": {"rows_VE": jax.ShapeDtypeStruct((128, 4), jnp.float32)},
+        "dnn": {"kernel": jax.ShapeDtypeStruct((6, 8), jnp.float32)},
+        "odd": {"rows_VE": jax.ShapeDtypeStruct((9, 4), jnp.float32)},
+    }
+    found = for_state(mesh, shapes)
+    assert found["table"]["rows_VE"].spec == PartitionSpec(("data", "model"), None)
+    assert found["dnn"]["kernel"].spec == PartitionSpec(None, "model")
+    assert found["odd"]["rows_VE"].spec == PartitionSpec()
