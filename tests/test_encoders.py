@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from noise import named, noisy
+from noise import FAST, named, noisy
 
 from loopfm_jax.errors import UserError
 from loopfm_jax.history import packing
@@ -18,8 +18,6 @@ CONFIG = EncoderConfig(width=W, heads=2, score_hidden=(7, 5))
 LENGTH = np.array([3, 0, 4, 1, 2], np.int32)
 END = np.array([3, 9, 8, 10, 13], np.int32)
 """Rows 0-2, none, 4-7, 9 and 11-12: no two examples share a row, some rows are nobody's."""
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Compiler options."""
 ORDERED = {"dmin"}
 """Encoders to which the order of entries matters."""
 

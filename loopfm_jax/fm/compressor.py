@@ -13,6 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from loopfm_jax.errors import UserError
+
+MOMENTUM, EPSILON = 0.99, 1e-8
+
 
 @dataclass(frozen=True)
 class CompressorConfig:
@@ -26,6 +30,44 @@ class CompressorConfig:
     weight: float = 1.0
     """Of the autoencoder's loss beside the FM's; no gradient is shared."""
 
+    def __post_init__(self) -> None:
+        for name in ("width", "hidden"):
+            if getattr(self, name) < 1:
+                raise UserError(f"compressor.{name} is {getattr(self, name)}; at least 1 is needed")
+        outside = [p for p in self.prefixes if not 1 <= p <= self.width]
+        if outside:
+            raise UserError(
+                f"compressor.prefixes holds {outside[0]}; prefixes lie between 1 and "
+                f"compressor.width, which is {self.width}"
+            )
+
+
+class Standardise(nnx.Module):
+    """(e - mean) / std per dimension: of the batch in training, else of running statistics.
+
+    These forget with momentum .99, but start as the plain mean over the batches so far: a start
+    value of 1 would still be most of the variance of a tiny activation after hundreds of steps.
+    """
+
+    def __init__(self, width: int):
+        self.mean_D = nnx.BatchStat(jnp.zeros(width))
+        self.variance_D = nnx.BatchStat(jnp.ones(width))
+        self.batches = nnx.BatchStat(jnp.zeros(()))
+
+    def __call__(self, e_BD: jax.Array, *, train: bool) -> jax.Array:
+        if not train:
+            return self._scale(e_BD, self.mean_D[...], self.variance_D[...])
+        mean_D, variance_D = e_BD.mean(axis=0), e_BD.var(axis=0)
+        seen = self.batches[...]
+        kept = jnp.minimum(MOMENTUM, seen / (seen + 1))
+        self.mean_D[...] = kept * self.mean_D[...] + (1 - kept) * mean_D
+        self.variance_D[...] = kept * self.variance_D[...] + (1 - kept) * variance_D
+        self.batches[...] = seen + 1
+        return self._scale(e_BD, mean_D, variance_D)
+
+    def _scale(self, e_BD: jax.Array, mean_D: jax.Array, variance_D: jax.Array) -> jax.Array:
+        return (e_BD - mean_D[None]) * jax.lax.rsqrt(variance_D + EPSILON)[None]
+
 
 class Compressor(nnx.Module):
     """An autoencoder over activations of `inputs` numbers."""
@@ -36,9 +78,7 @@ class Compressor(nnx.Module):
         def linear(a: int, b: int) -> nnx.Linear:
             return nnx.Linear(a, b, kernel_init=kernel, rngs=rngs)
 
-        self.standardise = nnx.BatchNorm(
-            inputs, momentum=0.99, epsilon=1e-8, use_bias=False, use_scale=False, rngs=rngs
-        )
+        self.standardise = Standardise(inputs)
         self.prefixes = tuple(sorted({*config.prefixes, config.width}))
         self.encode_in = linear(inputs, config.hidden)
         self.encode_out = linear(config.hidden, config.width)
@@ -47,7 +87,7 @@ class Compressor(nnx.Module):
 
     def __call__(self, e_BD: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
         """Returns (z [B,Z], reconstruction loss [B])."""
-        e_BD = self.standardise(jax.lax.stop_gradient(e_BD), use_running_average=not train)
+        e_BD = self.standardise(jax.lax.stop_gradient(e_BD), train=train)
         z_BZ = jnp.tanh(self.encode_out(nnx.relu(self.encode_in(e_BD))))
         errors = [
             jnp.square(e_BD - self.decode(z_BZ, i)).mean(axis=1) for i in range(len(self.prefixes))

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from loopfm_jax import checkpoint, infer, stages
+from loopfm_jax.errors import UserError
 from loopfm_jax.fm.teacher import FMConfig, Teacher
 from loopfm_jax.fm.train import builder
 from loopfm_jax.history import codes
@@ -30,6 +31,12 @@ class ExportConfig:
     """Numbers kept of every code (Matryoshka); 0 = all."""
     batch: int = 4096
 
+    def __post_init__(self) -> None:
+        if self.prefix < 0:
+            raise UserError(f"export.prefix is {self.prefix}; it must be 0 (all) or more")
+        if self.batch < 1:
+            raise UserError(f"export.batch is {self.batch}; at least 1 is needed")
+
 
 def export(
     data: Path,
@@ -44,10 +51,15 @@ def export(
 
     Writes codes.npy [rows, columns] and soft.npy [rows] float32, rows in time order.
     """
+    width = config.prefix or fm_config.compressor.width
+    if width > fm_config.compressor.width:
+        raise UserError(
+            f"export.prefix is {width}, but a code has only fm.compressor.width = "
+            f"{fm_config.compressor.width} numbers; lower the prefix"
+        )
     cutoff_ms = stages.verify(fm)["facts"]["cutoff_ms"]
     inputs = open_inputs(data, reader="fm", behaviours=fm_config.behaviours)
     model = checkpoint.load_model(builder(inputs.schema, fm_config), fm, mesh)
-    width = config.prefix or fm_config.compressor.width
     rows = inputs.rows("vm", "test")
     writers = {
         "codes": np.lib.format.open_memmap(
