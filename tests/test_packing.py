@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopfm_jax.history import packing
-from loopfm_jax.history.packing import Tokens, budget
+from loopfm_jax.history.packing import BUDGETS, Tokens, budget
 
 B, L, T = 6, 4, 25  # one slot more than B * L: a packed batch always has an unreal one
 LENGTHS = {
@@ -168,8 +168,8 @@ def test_budget_holds_everything_in_few_shapes(longest, lengths):
     assert len(shapes) <= 5
     whole = len(lengths_B) * longest
     assert slots % 64 == 0 and 0 < slots <= whole + 63
-    # Not more than the next larger share: at most twice what is there, or 1/16 of the whole.
-    assert slots < max(2 * lengths_B.sum(), whole / 16) + 64
+    # Not more than the next larger share: at most twice what is there, or the smallest share.
+    assert slots < max(2 * lengths_B.sum(), BUDGETS[0] * whole) + 64
 
 
 def test_a_batch_without_any_history_still_has_slots():
