@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-BUDGETS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of B * L: few shapes, so that few programs compile
+BUDGETS = (1 / 8, 1 / 4, 1 / 2, 1)  # of B * L: few shapes, so that few programs compile
 
 
 @struct.dataclass
