@@ -1,7 +1,7 @@
 """KuaiRand-Pure, the paper's streaming protocol on a real short-video log.
 
-FM window until 30 April 2022 (UTC+8), embeddings logged from 1 May, VMs in one pass in time order over
-1-6 May, test 7-8 May; label `is_click`.
+FM window until 30 April 2022 (UTC+8), embeddings logged from 1 May, VMs in one pass in time order
+over 1-6 May, test 7-8 May; label `is_click`.
 
     loopfm run configs/kuairand_pure.py --data.raw-dir ../shared/data/kuairand_pure_window --seeds 5
 
@@ -14,8 +14,8 @@ the test window:
 - FM: two shuffled epochs with dropout. One epoch scores higher itself (.712 against .706), but
   transfers less (kd+loopfm +.008 against +.010 over base).
 - VM: batch 512 by the base VM's NE; encoder DMIN by kd+loopfm (mean, sum, 4 heads: within .001).
-- alpha, beta, gamma: 1. A click rate of 45 % leaves no room for label scaling (the paper's alpha is 5
-  at 5 %); gamma 3 gave kd+loopfm .003 less.
+- alpha, beta, gamma: 1. A click rate of 45 % leaves no room for label scaling (the paper's alpha is
+  5 at 5 %); gamma 3 gave kd+loopfm .003 less.
 """
 
 from pathlib import Path

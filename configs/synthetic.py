@@ -2,8 +2,8 @@
 
     loopfm run configs/synthetic.py        (what scripts/quickstart.sh runs)
 
-The FM alone sees `signal`, a noisy reading of the user's current interest. The VM sees it only through
-histories of the FM's embeddings. The result card is in configs/README.md.
+The FM alone sees `signal`, a noisy reading of the user's current interest. The VM sees it only
+through histories of the FM's embeddings. The result card is in configs/README.md.
 """
 
 from pathlib import Path

@@ -17,23 +17,23 @@ from jax.sharding import Mesh
 
 from loopfm_jax import sharding
 
+CHECKPOINTS = "checkpoints"
+
 
 class Saver:
     """Periodic checkpoints of (state, data iterator) under a folder; a context manager."""
 
     def __init__(self, directory: Path, *, every: int):
-        self._directory, self._every = directory / "checkpoints", every
+        self._directory, self._every = directory / CHECKPOINTS, every
         self._manager: ocp.CheckpointManager | None = None
 
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
+    def __exit__(self, *_: Any) -> None:
         if self._manager is not None:
             self._manager.wait_until_finished()
             self._manager.close()
-        if kind is None:
-            shutil.rmtree(self._directory, ignore_errors=True)
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
@@ -68,6 +68,11 @@ class Saver:
         )
         restored = manager.restore(manager.latest_step(), args=args)
         return restored["state"], restored["curve"]
+
+
+def discard(directory: Path) -> None:
+    """Removes the checkpoints under a folder: what they led to is written."""
+    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
 
 
 def save_model(model: nnx.Module, directory: Path) -> None:

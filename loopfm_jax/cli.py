@@ -147,8 +147,9 @@ def _dispatch(argv: list[str]) -> dict[str, Any]:
     _quiet()
     try:
         config.workdir.mkdir(parents=True, exist_ok=True)
+        result = COMMANDS[command](Flow(config))
         (config.workdir / "config.json").write_text(json.dumps(as_json(config), indent=1))
-        return COMMANDS[command](Flow(config))
+        return result
     except Exception as error:
         message = None if isinstance(error, UserError) else _disk_message(error, config.workdir)
         if message is None:

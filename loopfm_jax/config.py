@@ -1,4 +1,4 @@
-"""One experiment = one `Config`, built by a file's `get_config()` and overridden by the command line."""
+"""One experiment = one `Config`: a file's `get_config()`, overridden by the command line."""
 
 import runpy
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any, Literal
 from loopfm_jax.data.kuairand import KuaiRandPure
 from loopfm_jax.data.synthetic import Synthetic
 from loopfm_jax.data.tabular import TabularLog
-from loopfm_jax.errors import UserError
+from loopfm_jax.errors import UserError, check_limits
 from loopfm_jax.fm.export import ExportConfig
 from loopfm_jax.fm.teacher import FMConfig
 from loopfm_jax.history.slices import SliceConfig
@@ -32,7 +32,7 @@ class Config:
     methods: tuple[str, ...] = ("base", "kd", "loopfm", "kd+loopfm")
     """Transfer methods to compare; `base` is always trained."""
     control: tuple[Control, ...] = ()
-    """Extra VMs that must lose the gain: histories of other keys, an FM trained on shuffled labels."""
+    """Extra VMs: histories of other keys, and an FM trained on shuffled labels."""
     seeds: int = 1
     """VMs per method; the FM is trained once, with the first seed."""
     seed: int = 0
@@ -46,8 +46,8 @@ class Config:
     def __post_init__(self) -> None:
         for method in self.methods:
             find_method(method)
-        if self.seeds < 1:
-            raise UserError(f"seeds is {self.seeds}; at least 1 is needed")
+        check_limits("config", {"seeds": self.seeds}, low=1)
+        check_limits("config", {"seed": self.seed}, low=0)
 
 
 def load(path: Path) -> Config:

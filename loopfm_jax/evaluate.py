@@ -100,7 +100,7 @@ def by_history_length(
         "bins": [_bin_name(i) for i in bins],
         "rows": [int(mask.sum()) for mask in masks],
         "auc": {
-            method: [_number(np.mean([auc(label[m], p[m]) for p in seeds])) for m in masks]
+            method: [_number(float(np.mean([auc(label[m], p[m]) for p in seeds]))) for m in masks]
             for method, seeds in predictions.items()
         },
     }

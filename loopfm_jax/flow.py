@@ -9,7 +9,6 @@ place where FM and VM are in one room; they meet through what is on disk.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 

@@ -1,7 +1,7 @@
 """Feature batches of a model: the log's own columns, and behaviour sequences made from the log.
 
-Where a data set has no behaviour sequences, a backbone that reads them (DMIN) gets the key's earlier
-positive items, found by the same structuring code as LoopFM's histories.
+Where a data set has no behaviour sequences, a backbone that reads them (DMIN) gets the key's
+earlier positive items, found by the same structuring code as LoopFM's histories.
 """
 
 from dataclasses import dataclass

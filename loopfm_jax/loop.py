@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import grain
 import jax
@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from loopfm_jax import checkpoint, sharding
 from loopfm_jax.data.batches import Assemble, Batch, GlobalBatches, OrderConfig, iterate
-from loopfm_jax.errors import UserError
+from loopfm_jax.errors import UserError, check_limits
 from loopfm_jax.optim import OptimConfig, make_optimiser
 from loopfm_jax.progress import track
 
@@ -43,10 +43,13 @@ class TrainConfig:
 
     order: OrderConfig = field(default_factory=OrderConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    dtype: str = "float32"
-    """Compute type: float32 or bfloat16; parameters stay float32."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the dense layers; parameters stay float32."""
     checkpoint_steps: int = 1000
     """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        check_limits("train", {"checkpoint_steps": self.checkpoint_steps}, low=1)
 
 
 class Trainable(NamedTuple):
@@ -78,7 +81,7 @@ def train(
     constants: Any = (),
     title: str = "train",
 ) -> Trained:
-    """Trains over `rows`, checkpointing under `directory`, from its last checkpoint if there is one.
+    """Trains over `rows`, from the last checkpoint under `directory` if there is one.
 
     Args:
       rows: row numbers of the window, in time order.

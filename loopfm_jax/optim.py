@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import optax
 
+from loopfm_jax.errors import check_limits
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -17,6 +19,11 @@ class OptimConfig:
     """Global gradient norm."""
     embedding_l2: float = 0.0
     """Penalty l2/2 * |table|^2 on the whole tables at every step (TaobaoAd: 5e-6)."""
+
+    def __post_init__(self) -> None:
+        positive = {"learning_rate": self.learning_rate, "clip_norm": self.clip_norm}
+        check_limits("optim", positive, low=1e-12)
+        check_limits("optim", {"embedding_l2": self.embedding_l2}, low=0)
 
 
 def make_optimiser(config: OptimConfig) -> optax.GradientTransformation:

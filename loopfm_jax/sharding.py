@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from loopfm_jax.errors import UserError
+from loopfm_jax.errors import UserError, check_limits
 
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"rows_VE$", PartitionSpec(("data", "model"), None)),
@@ -28,20 +28,21 @@ class MeshConfig:
     model: int = 1
     """Devices that split tables and wide layers."""
 
+    def __post_init__(self) -> None:
+        check_limits("mesh", {"data": self.data, "model": self.model}, low=1)
+
 
 def make_mesh(config: MeshConfig) -> Mesh:
     """Raises UserError when the devices that are there do not fill the mesh."""
     devices = jax.devices()
     wanted = config.data * config.model
-    if wanted > len(devices) or min(config.data, config.model) < 1:
+    if wanted > len(devices):
         raise UserError(
             f"mesh data={config.data} x model={config.model} needs {wanted} devices, but there are "
             f"{len(devices)} ({devices[0].platform}): lower --mesh.data or --mesh.model"
         )
     shape, names = (config.data, config.model), ("data", "model")
-    return jax.make_mesh(
-        shape, names, axis_types=(AxisType.Auto,) * 2, devices=devices[:wanted]
-    )
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 2, devices=devices[:wanted])
 
 
 def split(mesh: Mesh, *axes: str | None) -> NamedSharding:

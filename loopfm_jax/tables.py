@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 
 from loopfm_jax.data.schema import Field, Schema
+from loopfm_jax.errors import check_limits
 
 
 class Frozen(nnx.Variable):
@@ -31,6 +32,10 @@ class TableConfig:
     """Standard deviation of the initial rows (the public reference: 1e-4)."""
     row_multiple: int = 128
     """Rows are rounded up to a multiple of this, so that any mesh divides them."""
+
+    def __post_init__(self) -> None:
+        check_limits("tables", {"width": self.width, "row_multiple": self.row_multiple}, low=1)
+        check_limits("tables", {"init_std": self.init_std}, low=0)
 
 
 class Features(NamedTuple):

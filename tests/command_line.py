@@ -84,7 +84,7 @@ class CommandLine:
         assert len(messages) == 1 and captured.err.endswith(messages[0] + "\n")
         return messages[0]
 
-    def refuse(self, command: str, *options: str, leaves: Sequence[str] = ("config.json",)) -> str:
+    def refuse(self, command: str, *options: str, leaves: Sequence[str] = ()) -> str:
         """As `fail`, and the working directory must hold nothing but `leaves`."""
         message = self.fail(self.argv(command, *options))
         assert set(self.files()) <= set(leaves), self.files()

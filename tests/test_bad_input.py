@@ -32,7 +32,14 @@ OPTIONS = {
     "unknown method": (["--methods", "base", "lopfm"], ["'lopfm'", "kd+loopfm"]),
     "unknown control": (["--control", "nothing"], ["'nothing'", "swapped-histories"]),
     "unknown backbone": (["--fm.backbone", "dcn"], ["'dcn'", "dmin"]),
-    "no seeds": (["--seeds", "0"], ["seeds is 0", "at least 1"]),
+    "negative seed": (["--seed", "-1"], ["config.seed is -1", "at least 0"]),
+    "no width": (["--vm.tables.width", "0"], ["tables.width is 0", "at least 1"]),
+    "wrong dropout": (["--fm.deepfm.dropout", "1.5"], ["dropout is 1.5", "between 0 and 0.99"]),
+    "wrong hidden": (["--vm.deepfm.hidden", "0"], ["hidden[0] is 0", "at least 1"]),
+    "negative clip": (["--fm.train.optim.clip-norm", "-1"], ["optim.clip_norm is -1"]),
+    "no checkpoints": (["--fm.train.checkpoint-steps", "0"], ["train.checkpoint_steps is 0"]),
+    "no mesh": (["--mesh.data", "0"], ["mesh.data is 0", "at least 1"]),
+    "no seeds": (["--seeds", "0"], ["config.seeds is 0", "at least 1"]),
     "batch of 0": (["--fm.train.order.batch", "0"], ["order.batch is 0", "at least 1"]),
     "no epochs": (["--vm.train.order.epochs", "-1"], ["order.epochs is -1"]),
     "bad window": (["--data.windows.fm-end", "half"], ["'half'", "50%", "data.windows"]),
@@ -140,7 +147,7 @@ def test_a_workdir_that_is_a_file(loopfm):
 def test_a_workdir_with_somebody_elses_data(loopfm):
     (loopfm.workdir / "data").mkdir(parents=True)
     (loopfm.workdir / "data" / "log.csv").write_text("mine")
-    leaves = ("config.json", "data/log.csv")
+    leaves = ("data/log.csv",)
     has(loopfm.refuse("run", "--force", leaves=leaves), "data is in the way", "--workdir")
     assert (loopfm.workdir / "data" / "log.csv").read_text() == "mine"
 
@@ -200,7 +207,7 @@ def test_a_bug_keeps_its_traceback(loopfm, monkeypatch):
     monkeypatch.setattr(builder, "write", wrong)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(loopfm.argv("prepare"))
-    assert loopfm.files() == ["config.json"]
+    assert loopfm.files() == []
 
 
 @pytest.fixture
@@ -231,7 +238,7 @@ def test_interrupted(loopfm, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(loopfm.argv("prepare"))
     assert stopped.value.code == 130 and "same command again" in capsys.readouterr().err
-    assert loopfm.files() == ["config.json"]
+    assert loopfm.files() == []
 
 
 def test_the_result_is_json_without_nan(loopfm):

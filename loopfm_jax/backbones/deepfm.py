@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from loopfm_jax.backbones.layers import Activation, Mlp, Norm, stack_fields
+from loopfm_jax.backbones.layers import Activation, Mlp, Norm, check_dnn, stack_fields
 from loopfm_jax.backbones.output import Output, name_taps
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.tables import Embedded, Embedder, Features, Table, TableConfig
@@ -31,6 +31,9 @@ class DeepFMConfig:
     """Dropout rate of the DNN."""
     norm: Norm = "none"
     """Where the DNN has batch norm: nowhere, at its input, or in every hidden layer."""
+
+    def __post_init__(self) -> None:
+        check_dnn("deepfm", hidden=self.hidden, rates={"dropout": self.dropout})
 
 
 class FirstOrder(nnx.Module):

@@ -30,6 +30,7 @@ from loopfm_jax.backbones.layers import (
     Mlp,
     Norm,
     causal_mask,
+    check_dnn,
     dense,
     dropout,
     masked_softmax,
@@ -40,7 +41,7 @@ from loopfm_jax.backbones.layers import (
 )
 from loopfm_jax.backbones.output import Output, name_taps
 from loopfm_jax.data.schema import Schema
-from loopfm_jax.errors import UserError
+from loopfm_jax.errors import UserError, check_limits
 from loopfm_jax.tables import Embedded, Embedder, Features, TableConfig
 
 
@@ -68,6 +69,12 @@ class DMINConfig:
     """Activation of the score MLP."""
     attention_dropout: float = 0.2
     """Dropout rate of the attention weights and of the score MLP."""
+
+    def __post_init__(self) -> None:
+        rates = {"dropout": self.dropout, "attention_dropout": self.attention_dropout}
+        check_dnn("dmin", hidden=self.hidden + self.attention_hidden, rates=rates)
+        check_limits("dmin", {"heads": self.heads}, low=1)
+        check_limits("dmin", {"position_width": self.position_width}, low=0)
 
 
 class Refiner(nnx.Module):

@@ -5,7 +5,7 @@ Randomness comes as a key of the call; no key means inference: no dropout, runni
 final outputs stay in float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import jax
@@ -13,12 +13,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from loopfm_jax.errors import UserError
+from loopfm_jax.errors import UserError, check_limits
 from loopfm_jax.tables import Embedded
 
 Activation = Literal["relu", "dice"]
 Norm = Literal["none", "input", "hidden"]
 Key = jax.Array | None
+
+
+def check_dnn(owner: str, *, hidden: Sequence[int], rates: Mapping[str, float]) -> None:
+    """Raises UserError for a layer without units or a dropout rate that leaves nothing."""
+    widths = {f"hidden[{i}]": width for i, width in enumerate(hidden)}
+    check_limits(owner, widths, low=1)
+    check_limits(owner, rates, low=0, high=0.99)
 
 
 def dense(

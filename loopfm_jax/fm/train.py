@@ -29,7 +29,7 @@ def train_fm(
       labels: `shuffled` permutes the FM window's labels (a control: the FM learns nothing true).
     """
     inputs = open_inputs(data, reader="fm", behaviours=config.behaviours)
-    rows = inputs.rows("fm")
+    rows = known_rows(inputs)
     assemble = inputs.batch if labels == "true" else _shuffled(inputs, rows, seed)
     trained = loop.train(
         loop.Trainable(builder(inputs.schema, config), partial(loss, config=config)),
@@ -42,12 +42,20 @@ def train_fm(
         title="train-fm",
     )
     checkpoint.save_model(trained.model, directory)
+    checkpoint.discard(directory)
     return {
         "params": trained.params,
         "curve": trained.curve,
-        "cutoff_ms": int(inputs.log["time"][rows[-1]]),
+        "cutoff_ms": int(inputs.log["logged_time"][rows].max()),
         "measured": {"examples_per_s": trained.examples_per_s},
     }
+
+
+def known_rows(inputs: Inputs) -> np.ndarray:
+    """FM rows whose label was there before the VM window began: an impression group may straddle
+    its start, and a label of after it would leak into every code."""
+    rows, first_ms = inputs.rows("fm"), inputs.log["time"][inputs.splits["vm"].start]
+    return rows[inputs.log["logged_time"][rows] < first_ms]
 
 
 def _shuffled(inputs: Inputs, rows: np.ndarray, seed: int) -> Any:

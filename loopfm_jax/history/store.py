@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from loopfm_jax.errors import UserError
 from loopfm_jax.history.slices import SliceConfig, slices
 
 Side = Literal["outcome", "age"]
@@ -82,9 +83,7 @@ def structure(
 def open_store(directory: Path, facts: dict[str, Any]) -> Store:
     """The store of a `structure` stage folder; `facts` are its manifest's."""
     names = ("codes", "seconds", "outcome", "soft", "end", "length", "teacher")
-    arrays = {
-        n: np.load(directory / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in names
-    }
+    arrays = {n: np.load(directory / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in names}
     return Store(**arrays, start_ms=facts["start_ms"])
 
 
@@ -97,7 +96,15 @@ def swapped(store: Store, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
       (end, length) in the order of the examples; a length shrinks only where nothing longer exists.
+
+    Raises:
+      UserError: one key owns every example.
     """
+    if (key == key[0]).all():
+        raise UserError(
+            "the swapped-histories control needs at least 2 keys, but one owns every row of the VM "
+            "and test windows: leave the control out"
+        )
     end, length = np.array(store.end), np.array(store.length)
     donor = np.arange(len(end))
     order = np.lexsort((key, length))

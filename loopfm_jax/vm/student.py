@@ -2,8 +2,8 @@
 
 The history's summary becomes K more fields of the backbone's embedding width and joins the others
 before the interaction layers (PAPER section 1, stage 4). Distillation is always ExFM's auxiliary
-head: label h(y_S, y) + gamma h(y_D, min(alpha y_F, 1)), with the gradient that the distillation head
-sends into the trunk scaled by beta (arXiv 2502.17494).
+head: label h(y_S, y) + gamma h(y_D, min(alpha y_F, 1)), with the gradient that the distillation
+head sends into the trunk scaled by beta (arXiv 2502.17494).
 """
 
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ from flax import nnx, struct
 from loopfm_jax.backbones import BackboneName, DeepFMConfig, DMINConfig, build
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.history import codes
+from loopfm_jax.history.codes import Code
 from loopfm_jax.history.packing import Tokens, pack
 from loopfm_jax.history.store import Side
 from loopfm_jax.loop import TrainConfig
@@ -65,7 +66,7 @@ class History:
     codes: jax.Array
     seconds: jax.Array
     outcome: jax.Array
-    code: codes.Code = struct.field(pytree_node=False)
+    code: Code = struct.field(pytree_node=False)
     width: int = struct.field(pytree_node=False)
     longest: int = struct.field(pytree_node=False)
 
@@ -90,9 +91,7 @@ class Student(nnx.Module):
         )
         tokens, query = code_width + len(self.side), len(schema.item) * config.tables.width
         encoder = ENCODERS[config.encoder.name]
-        self.encoder = (
-            encoder(tokens, query, config.encoder, rngs=rngs) if method.history else None
-        )
+        self.encoder = encoder(tokens, query, config.encoder, rngs=rngs) if method.history else None
         self.summary = (
             nnx.Linear(
                 self.encoder.outputs,

@@ -62,7 +62,7 @@ def open_examples(
     *,
     histories: Histories = "own",
 ) -> Examples:
-    """Joins the prepared log with the histories of stage folder `history` (its manifest's facts)."""
+    """Joins the prepared log with the histories of stage folder `history` (and its facts)."""
     inputs = open_inputs(data, reader="vm", behaviours=config.behaviours)
     _check_cutoff(facts["cutoff_ms"], int(inputs.log["time"][inputs.splits["vm"].start]))
     store = open_store(history, dict(facts))
@@ -109,9 +109,7 @@ def train_vm(
     method = examples.method
 
     def build(rngs: nnx.Rngs) -> Student:
-        return Student(
-            examples.inputs.schema, config, method, code_width=facts["width"], rngs=rngs
-        )
+        return Student(examples.inputs.schema, config, method, code_width=facts["width"], rngs=rngs)
 
     history = on_device(examples.store, facts, mesh) if method.history else None
     trained = loop.train(
@@ -144,6 +142,7 @@ def train_vm(
     )
     prediction.flush()
     checkpoint.save_model(trained.model, directory)
+    checkpoint.discard(directory)
     return {
         "params": trained.params,
         "curve": trained.curve,

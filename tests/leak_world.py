@@ -1,0 +1,247 @@
+"""A made-up log whose rows may see each other by a plain rule, and who sees whom in the code.
+
+`World` goes through the real prepare, structure, join and Student (with noise for weights); only
+the FM is missing: codes are random, but for their first number, which names the row.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import polars as pl
+from flax import nnx
+from noise import FAST, noisy, parts
+
+from loopfm_jax import flow, inputs, stages
+from loopfm_jax.backbones import DeepFMConfig
+from loopfm_jax.config import Config
+from loopfm_jax.data.log import Log, load
+from loopfm_jax.data.prepare import prepare
+from loopfm_jax.data.raw import Card, Column, RawLog, Windows
+from loopfm_jax.data.schema import Schema
+from loopfm_jax.data.synthetic import START_MS
+from loopfm_jax.history.slices import SliceConfig
+from loopfm_jax.stages import Stage
+from loopfm_jax.tables import TableConfig
+from loopfm_jax.vm import student, train
+from loopfm_jax.vm.encoders import EncoderConfig
+from loopfm_jax.vm.methods import METHODS
+from loopfm_jax.vm.student import History, Student, VMConfig
+
+DELAY_MS, RETENTION_MS, LONGEST, PAST = 5_000, 120_000, 3, 4
+SLICES = SliceConfig(
+    length=LONGEST, delay_s=DELAY_MS / 1000, retention_days=RETENTION_MS / 86_400_000
+)
+CODE_WIDTH, SLOTS = 5, 256
+"""Slots are the same for every batch, so that one program serves."""
+VM = VMConfig(
+    deepfm=DeepFMConfig(hidden=(6, 5)),
+    behaviours=True,
+    tables=TableConfig(width=3, row_multiple=1),
+    encoder=EncoderConfig(width=4, heads=2, score_hidden=(4,)),
+)
+METHOD = METHODS["kd+loopfm+outcome"]
+
+
+def made_up_log() -> RawLog:
+    """4 users; slates of 1-3 rows over up to 6 s, on a coarse clock, so that ties abound."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for group in range(60):
+        key, start = f"u{rng.integers(4)}", 4_000 * int(rng.integers(150))
+        for _ in range(rng.integers(1, 4)):
+            wait = int(rng.choice([0, 0, 2_000, 6_000]))
+            rows.append((key, START_MS + start + wait, group, int(rng.integers(2))))
+    frame = pl.DataFrame(rows, schema=["key", "time", "group", "label"], orient="row")
+    return RawLog(
+        frame=frame.with_columns(
+            item_id=pl.Series(rng.integers(6, size=len(frame))),
+            topic=pl.Series(rng.integers(3, size=len(frame))),
+            price=pl.Series(rng.normal(size=len(frame))),
+        ),
+        columns=(Column("item_id"), Column("topic"), Column("price", kind="numeric")),
+        item=("item_id", "topic"),
+        behaviour=("item_id", "topic"),
+        behaviour_length=PAST,
+    )
+
+
+@cache
+def compiled(what: str, schema: Schema, pack):
+    """A program over (batch, history): serving logits [B]; their slopes by the stored numbers
+    [B,S,Z]; or the logits [S,B] after each stored row in turn was turned over. `pack` is the
+    student's own at this moment: with another one it is another program."""
+    assert pack is student.pack
+    graphdef, params, rest = parts(
+        noisy(lambda rngs: Student(schema, VM, METHOD, code_width=CODE_WIDTH, rngs=rngs))
+    )
+
+    def logits(batch, history: History):
+        return nnx.merge(graphdef, params, rest)(batch, history)[0]
+
+    def slopes(batch, history: History):
+        values, backward = jax.vjp(
+            lambda stored: logits(batch, history.replace(codes=stored)), history.codes
+        )
+        return jax.vmap(backward)(jnp.eye(len(values)))[0]
+
+    def turned_over(batch, history: History):
+        def turn(row):
+            return logits(
+                batch,
+                history.replace(
+                    codes=history.codes.at[row].set(~history.codes[row]),
+                    outcome=history.outcome.at[row].set(1 - history.outcome[row]),
+                ),
+            )
+
+        return jax.lax.map(turn, jnp.arange(len(history.codes)))
+
+    program = {"logits": logits, "slopes": slopes, "turned over": turned_over}[what]
+    return jax.jit(program, compiler_options=FAST)
+
+
+@dataclass(frozen=True)
+class World:
+    """A run directory up to `structure`."""
+
+    root: Path
+
+    @property
+    def flow(self) -> flow.Flow:
+        return flow.Flow(Config(history=SLICES, workdir=self.root, force=True))
+
+    @classmethod
+    def create(cls, root: Path) -> "World":
+        world = cls(root)
+        windows = Windows(fm_end="30%", vm_end="75%")
+
+        def make_data(directory: Path):
+            card = Card(description="made up")
+            return prepare(made_up_log(), windows, name="made_up", card=card, directory=directory)
+
+        def make_export(directory: Path):
+            rows = len(world.exported)
+            codes = np.random.default_rng(1).normal(size=(rows, CODE_WIDTH)).astype(np.float32)
+            codes[:, 0] = np.arange(rows) / rows  # so a stored row can be recognised
+            np.save(directory / "codes.npy", codes)
+            np.save(directory / "soft.npy", np.linspace(0, 1, rows, dtype=np.float32))
+            return {"code": "fp32", "width": CODE_WIDTH, "cutoff_ms": START_MS}
+
+        stages.run(Stage("prepare", world.flow.data, {}), make_data)
+        data = {"data": world.flow.data}
+        stages.run(Stage("export", world.flow.exported, {}, inputs=data), make_export)
+        return world
+
+    @cached_property
+    def schema(self) -> Schema:
+        return inputs.open_inputs(self.flow.data, reader="vm", behaviours=True).schema
+
+    @cached_property
+    def loaded(self) -> tuple[Log, dict[str, slice]]:
+        return load(self.flow.data)
+
+    @property
+    def log(self) -> Log:
+        return self.loaded[0]
+
+    @property
+    def exported(self) -> np.ndarray:
+        """Rows of the log that are examples and store entries: the VM and test windows."""
+        return np.arange(self.loaded[1]["vm"].start, len(self.log))
+
+    def examples(self, *, histories: train.Histories = "own") -> train.Examples:
+        """Structures the export anew and joins it, by whatever the code says now."""
+        facts = self.flow.structure()["facts"]
+        return train.open_examples(
+            self.flow.data, self.flow.history, facts, VM, METHOD, histories=histories
+        )
+
+    def batch_of(self, examples: train.Examples):
+        batch = examples.batch(self.exported)
+        assert len(batch["slot_T"]) >= batch["length_B"].sum()
+        return batch | {"slot_T": np.zeros(SLOTS, np.uint8)}
+
+    def history_of(self, examples: train.Examples) -> History:
+        store = examples.store
+        arrays = (np.asarray(x) for x in (store.codes, store.seconds, store.outcome))
+        return History(*arrays, code="fp32", width=CODE_WIDTH, longest=LONGEST)
+
+    def relabelled(self, monkeypatch, label: np.ndarray) -> None:
+        """From now on the log on disk seems to hold other labels."""
+        log, splits = self.loaded
+        other = replace(log, columns={**log.columns, "label": label})
+        for module in (flow, inputs):
+            monkeypatch.setattr(module, "load", lambda _: (other, splits))
+
+    # ------------------------------------------------------------------- what may be seen
+
+    def may_see(self) -> list[list[int]]:
+        """The rule in plain Python: exported rows that each exported row sees, newest first."""
+        key, time, logged = (self.log[n][self.exported] for n in ("key", "time", "logged_time"))
+        seen = []
+        for i in range(len(key)):
+            past = [
+                (logged[j], j)
+                for j in range(len(key))
+                if key[j] == key[i]
+                and logged[j] + DELAY_MS < time[i]
+                and time[i] - logged[j] <= RETENTION_MS
+            ]
+            seen.append([j for _, j in sorted(past, reverse=True)][:LONGEST])
+        return seen
+
+    def may_have_liked(self, label: np.ndarray) -> list[list[int]]:
+        """Rows of every row's behaviour sequence, oldest first: positive ones of before."""
+        key, time, logged = (self.log[n] for n in ("key", "time", "logged_time"))
+        rows = range(len(key))
+        return [
+            sorted(
+                (j for j in rows if label[j] and key[j] == key[i] and logged[j] < time[i]),
+                key=lambda j: (logged[j], j),
+            )[-PAST:]
+            for i in rows
+        ]
+
+
+def matrix(seen: list[list[int]]) -> np.ndarray:
+    """[examples, entries], True where one is seen."""
+    result = np.zeros((len(seen), len(seen)), bool)
+    for i, rows in enumerate(seen):
+        result[i, rows] = True
+    return result
+
+
+def names(history: History) -> np.ndarray:
+    """The exported row behind every stored one, by what its code says."""
+    return np.rint(np.asarray(history.codes)[:, 0] * len(history.codes)).astype(int)
+
+
+def depends(world: World, examples: train.Examples) -> np.ndarray:
+    """[examples, exported rows]: whose logit has a slope by whose code."""
+    history = world.history_of(examples)
+    slopes = compiled("slopes", world.schema, student.pack)
+    slopes_BSZ = slopes(world.batch_of(examples), history)
+    result = np.zeros((len(world.exported),) * 2, bool)
+    result[:, names(history)] = (np.asarray(slopes_BSZ) != 0).any(axis=2)
+    return result
+
+
+def order_seen(world: World, examples: train.Examples) -> list[list[int]]:
+    """Exported rows in every example's tokens, in the order of their ranks."""
+    batch, history = world.batch_of(examples), world.history_of(examples)
+    tokens = student.pack(batch["end_B"], batch["length_B"], slots=SLOTS, longest=LONGEST)
+    real = np.asarray(tokens.real_T)
+    rows = names(history)[np.asarray(tokens.row_T)[real]]
+    segment, rank = np.asarray(tokens.segment_T)[real], np.asarray(tokens.rank_T)[real]
+    order = np.lexsort((rank, segment))
+    return [rows[order][segment[order] == b].tolist() for b in range(tokens.examples)]
+
+
+def logits(world: World) -> np.ndarray:
+    examples = world.examples()
+    run = compiled("logits", world.schema, student.pack)
+    return np.asarray(run(world.batch_of(examples), world.history_of(examples)))

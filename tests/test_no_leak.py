@@ -1,0 +1,309 @@
+"""Leakage (R6): by gradient, by perturbation, by a plain rule; planted mutants must be caught.
+
+Every check says who influences whom exactly, so it also fails where somebody sees too little.
+"""
+
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from leak_world import (
+    DELAY_MS,
+    LONGEST,
+    METHOD,
+    SLICES,
+    VM,
+    World,
+    compiled,
+    depends,
+    logits,
+    matrix,
+    names,
+    order_seen,
+)
+
+from loopfm_jax import flow, inputs
+from loopfm_jax.errors import UserError
+from loopfm_jax.fm.train import known_rows
+from loopfm_jax.history import codes, packing, slices, store
+from loopfm_jax.history.slices import SliceConfig
+from loopfm_jax.vm import student, train
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return World.create(tmp_path_factory.mktemp("leak") / "run")
+
+
+# ---------------------------------------------------------------------------------- checks
+
+
+def check_histories(world: World, _) -> None:
+    """By gradient: codes reach exactly the examples that may see them, newest first."""
+    examples = world.examples()
+    np.testing.assert_array_equal(depends(world, examples), matrix(world.may_see()))
+    assert order_seen(world, examples) == world.may_see()
+
+
+def check_labels(world: World, monkeypatch, *, every: int = 15) -> None:
+    """By perturbation of the log: a label reaches later examples of its key, never its own."""
+    before, label, seen = logits(world), world.log["label"], world.may_see()
+    liked, first = world.may_have_liked(label), world.exported[0]
+    for j in range(0, len(label), every):
+        flipped = label.copy()
+        flipped[j] = 1 - flipped[j]
+        with monkeypatch.context() as patch:
+            world.relabelled(patch, flipped)
+            changed = logits(world) != before
+        liked_now = world.may_have_liked(flipped)
+        expected = [
+            j - first in seen[i - first] or liked[i] != liked_now[i] for i in world.exported
+        ]
+        np.testing.assert_array_equal(changed, expected)
+
+
+def check_behaviours(world: World, _) -> None:
+    """Every row's `past_` columns hold its key's positive rows of before, padded in front."""
+    read = inputs.open_inputs(world.flow.data, reader="vm", behaviours=True)
+    ids = read.batch(np.arange(len(world.log)))["ids_BC"]
+    for column, name in enumerate(("item_id", "topic")):
+        past = ids[:, read.schema.columns[f"past_{name}"]]
+        own = ids[:, column]
+        for row, liked in zip(past, world.may_have_liked(world.log["label"]), strict=True):
+            assert row.tolist() == [0] * (len(row) - len(liked)) + own[liked].tolist()
+
+
+def check_swapped(world: World, _) -> None:
+    """By gradient: swapped histories are as long as before, and all of other keys."""
+    examples = world.examples(histories="swapped")
+    key, sees = world.log["key"][world.exported], depends(world, examples)
+    assert not (sees & (key[:, None] == key)).any()
+    np.testing.assert_array_equal(sees.sum(axis=1), [len(s) for s in world.may_see()])
+
+
+CHECKS = (check_histories, check_labels, check_behaviours, check_swapped)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_nothing_leaks_and_everything_arrives(world, monkeypatch, check):
+    check(world, monkeypatch)
+
+
+def test_no_label_of_the_log_leaks(world, monkeypatch):
+    check_labels(world, monkeypatch, every=2)
+
+
+def test_turning_a_stored_row_over_changes_exactly_who_may_see_it(world):
+    """By perturbation of INT4 codes and outcomes on the device."""
+    examples = world.examples()
+    history, batch = world.history_of(examples), world.batch_of(examples)
+    int4 = np.asarray(codes.quantise(np.tanh(history.codes), "int4"))
+    stored = history.replace(codes=int4, code="int4")
+    before = compiled("logits", world.schema, student.pack)(batch, stored)
+    after_SB = compiled("turned over", world.schema, student.pack)(batch, stored)
+    changed_SB = np.asarray(after_SB) != np.asarray(before)
+    expected = matrix(world.may_see())
+    np.testing.assert_array_equal(changed_SB.T, expected[:, names(history)])
+
+
+def test_the_world_has_the_hard_cases(world):
+    """Ties, rows asked before they were logged, entries too fresh, too old or too many."""
+    key, time, logged = (world.log[n][world.exported] for n in ("key", "time", "logged_time"))
+    lengths = np.array([len(s) for s in world.may_see()])
+    assert {0, 1, 2, LONGEST} == set(lengths.tolist())
+    waited = (time[:, None] - logged)[key[:, None] == key]
+    assert (waited == 0).any() and (waited == DELAY_MS).any()
+    assert ((0 < waited) & (waited < DELAY_MS)).any()
+    assert (logged > time).mean() > 0.2
+    together = (time[:, None] == time) & (key[:, None] == key)
+    assert together.sum() > 2 * len(key)
+
+
+# --------------------------------------------------------------------------------- mutants
+
+END, START = "query_time - delay)", "query_time - retention)"
+RANK = "end_B[example_T] - 1 - rank_T"
+PACK = (student, "pack")
+SLICES_OF_STORE, SLICES_OF_INPUTS = (store, "slices"), (inputs, "slices")
+STRUCTURE, OPEN, READ = (flow, "structure"), (train, "open_examples"), (inputs, "open_inputs")
+by_history, by_label, by_behaviour, by_swap = CHECKS
+
+MUTANTS = {
+    "ties count": (
+        by_history,
+        slices,
+        f'{END}, side="left"',
+        f'{END}, side="right"',
+        SLICES_OF_STORE,
+    ),
+    "no delay": (by_history, slices, END, "query_time)", SLICES_OF_STORE),
+    "delay granted": (by_history, slices, END, "query_time + delay)", SLICES_OF_STORE),
+    "no key": (by_history, slices, "searchsorted(self._keys, key)", "int64(0)", SLICES_OF_STORE),
+    "one too new": (
+        by_history,
+        slices,
+        "order, end.astype",
+        "order, (end + 1).astype",
+        SLICES_OF_STORE,
+    ),
+    "one too old": (
+        by_history,
+        slices,
+        "order, end.astype",
+        "order, (end - 1).astype",
+        SLICES_OF_STORE,
+    ),
+    "one too many": (
+        by_history,
+        slices,
+        ", config.length)",
+        ", config.length + 1)",
+        SLICES_OF_STORE,
+    ),
+    "oldest kept": (
+        by_history,
+        slices,
+        "order, end.astype",
+        "order, (start + length).astype",
+        SLICES_OF_STORE,
+    ),
+    "retention turned": (by_history, slices, START, "query_time + retention)", SLICES_OF_STORE),
+    "no retention": (by_history, slices, START, "query_time - 10**12)", SLICES_OF_STORE),
+    "unsorted search": (by_history, slices, "packed = packed[order]", "", SLICES_OF_STORE),
+    "logged when asked": (
+        by_history,
+        store,
+        "entry_time=logged_time",
+        "entry_time=time",
+        STRUCTURE,
+    ),
+    "asked when logged": (
+        by_history,
+        store,
+        "query_time=time",
+        "query_time=logged_time",
+        STRUCTURE,
+    ),
+    "codes unsorted": (by_history, store, '"codes": codes[order]', '"codes": codes', STRUCTURE),
+    "outcomes unsorted": (by_label, store, "outcome[order]", "outcome", STRUCTURE),
+    "next example's slice": (by_history, train, '["vm"].start\n', '["vm"].start - 1\n', OPEN),
+    "own slice kept": (
+        by_swap,
+        store,
+        "np.roll(group, largest)",
+        "np.roll(group, 0)",
+        (train, "swapped"),
+    ),
+    "ranks turned": (
+        by_history,
+        packing,
+        RANK,
+        "end_B[example_T] - length_B[example_T] + rank_T",
+        PACK,
+    ),
+    "rows of the next key": (by_history, packing, RANK, "end_B[example_T] - rank_T", PACK),
+    "normalised over the batch": (
+        by_history,
+        packing,
+        "self.spread(self.sum(weight))",
+        "weight.sum(axis=0, keepdims=True)",
+        PACK,
+    ),
+    "behaviours when asked": (by_behaviour, inputs, 'log["logged_time"]', 'log["time"]', READ),
+    "behaviours until logged": (
+        by_behaviour,
+        inputs,
+        'query_time=log["time"]',
+        'query_time=log["logged_time"]',
+        READ,
+    ),
+    "negatives liked": (
+        by_behaviour,
+        inputs,
+        'flatnonzero(log["label"])',
+        "arange(len(log))",
+        READ,
+    ),
+    "behaviours unsorted": (by_behaviour, inputs, "positive[past.order]", "positive", READ),
+    "behaviours with ties": (
+        by_behaviour,
+        slices,
+        f'{END}, side="left"',
+        f'{END}, side="right"',
+        SLICES_OF_INPUTS,
+    ),
+}
+
+
+def mutated(module: ModuleType, old: str, new: str) -> ModuleType:
+    """The module with one place of its source changed."""
+    source = Path(str(module.__file__)).read_text()
+    assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {module.__name__}"
+    other = ModuleType(module.__name__)
+    exec(compile(source.replace(old, new), str(module.__file__), "exec"), other.__dict__)
+    return other
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_planted_leak_is_caught(world, monkeypatch, name):
+    check, module, old, new, (user, what) = MUTANTS[name]
+    monkeypatch.setattr(user, what, getattr(mutated(module, old, new), what))
+    with pytest.raises(AssertionError):
+        check(world, monkeypatch)
+
+
+# ------------------------------------------------------------------------------- the swap
+
+
+@settings(max_examples=1000, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), min_size=2, max_size=16))
+def test_no_swapped_example_keeps_a_row_of_its_key(log):
+    key, time = np.array(log, np.int64).T
+    order, end, length = slices.slices(
+        entry_key=key, entry_time=time, query_key=key, query_time=time, config=SLICES
+    )
+    nothing = np.zeros(0)
+    own = store.Store(nothing, nothing, nothing, nothing, end, length, nothing, 0)
+    if len(set(key)) == 1:
+        with pytest.raises(UserError, match="needs at least 2 keys"):
+            store.swapped(own, key)
+        return
+    swapped_end, swapped_length = store.swapped(own, key)
+    for i in range(len(key)):
+        rows = order[swapped_end[i] - swapped_length[i] : swapped_end[i]]
+        assert len(rows) == swapped_length[i] and not (key[rows] == key[i]).any()
+        # As long as before, or as the longest that any other key has.
+        assert swapped_length[i] == min(length[i], length[key != key[i]].max())
+
+
+# --------------------------------------------------------------------------- the FM's cutoff
+
+
+def test_an_fm_that_saw_the_vm_window_is_refused(world):
+    facts = flow.stages.verify(world.flow.history)["facts"]
+    first = int(world.log["time"][world.exported[0]])
+    join = partial(train.open_examples, world.flow.data, world.flow.history)
+    join(facts | {"cutoff_ms": first - 1}, VM, METHOD)
+    for late in (first, first + 1):
+        with pytest.raises(
+            UserError, match=f"until {late} ms, but the VM window starts at {first}"
+        ):
+            join(facts | {"cutoff_ms": late}, VM, METHOD)
+
+
+def test_the_fm_learns_no_label_that_came_after_its_window(world):
+    """An impression group may begin in the FM window and be logged in the VM window."""
+    read = inputs.open_inputs(world.flow.data, reader="fm", behaviours=True)
+    all_rows, first = read.rows("fm"), read.log["time"][world.exported[0]]
+    late = read.log["logged_time"][all_rows] >= first
+    assert late.any()
+    np.testing.assert_array_equal(known_rows(read), all_rows[~late])
+
+
+def test_a_negative_delay_is_refused():
+    with pytest.raises(UserError, match="is a leak"):
+        SliceConfig(delay_s=-1)
