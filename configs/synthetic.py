@@ -13,7 +13,7 @@ from loopfm_jax.config import Config
 from loopfm_jax.data.batches import OrderConfig
 from loopfm_jax.data.synthetic import Synthetic
 from loopfm_jax.fm.teacher import FMConfig
-from loopfm_jax.history.slices import SliceConfig
+from loopfm_jax.history.store import HistoryConfig
 from loopfm_jax.loop import TrainConfig
 from loopfm_jax.tables import TableConfig
 from loopfm_jax.vm.encoders import EncoderConfig
@@ -33,7 +33,7 @@ def get_config() -> Config:
             tables=TABLES,
             train=TrainConfig(order=OrderConfig(order="shuffled", epochs=3, batch=256)),
         ),
-        history=SliceConfig(length=20),
+        history=HistoryConfig(length=20),
         vm=VMConfig(
             backbone="deepfm",
             deepfm=DeepFMConfig(hidden=(64, 32)),

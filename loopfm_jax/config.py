@@ -12,7 +12,7 @@ from loopfm_jax.data.tabular import TabularLog
 from loopfm_jax.errors import UserError, check_limits
 from loopfm_jax.fm.export import ExportConfig
 from loopfm_jax.fm.teacher import FMConfig
-from loopfm_jax.history.slices import SliceConfig
+from loopfm_jax.history.store import HistoryConfig
 from loopfm_jax.sharding import MeshConfig
 from loopfm_jax.vm.methods import find_method
 from loopfm_jax.vm.student import VMConfig
@@ -27,7 +27,7 @@ class Config:
     data: Synthetic | KuaiRandPure | TabularLog = field(default_factory=Synthetic)
     fm: FMConfig = field(default_factory=FMConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
-    history: SliceConfig = field(default_factory=SliceConfig)
+    history: HistoryConfig = field(default_factory=HistoryConfig)
     vm: VMConfig = field(default_factory=VMConfig)
     methods: tuple[str, ...] = ("base", "kd", "loopfm", "kd+loopfm")
     """Transfer methods to compare; `base` is always trained."""

@@ -128,10 +128,12 @@ class Flow:
 
     def structure(self) -> Report:
         config = self.config
+        told = as_json(config.history)
+        del told["side"]  # what the VM is told does not change the store
         stage = Stage(
             "structure",
             self.history,
-            {"history": as_json(config.history)},
+            {"history": told},
             inputs={"data": self.data, "export": self.exported},
         )
 
@@ -159,10 +161,17 @@ class Flow:
 
     def train_vm(self, method: str, seed: int, histories: Histories = "own") -> Report:
         config = self.config
+        found = find_method(method, side=config.history.side)
         stage = Stage(
             "train-vm",
             self.vm(method, seed, histories),
-            {"vm": as_json(config.vm), "method": method, "seed": seed, "histories": histories},
+            {
+                "vm": as_json(config.vm),
+                "method": method,
+                "side": list(found.side),
+                "seed": seed,
+                "histories": histories,
+            },
             inputs={"data": self.data, "history": self.history},
             resumable=True,
         )
@@ -174,7 +183,7 @@ class Flow:
                 self.history,
                 facts,
                 config.vm,
-                find_method(method),
+                found,
                 histories=histories,
             )
             return train_vm(

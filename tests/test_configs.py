@@ -19,7 +19,9 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_loads_and_takes_options(path: Path) -> None:
-    config = cli.parse(path, ["--seeds", "3", "--fm.tap", "all", "--vm.backbone", "deepfm"])
+    options = "--seeds 3 --fm.tap all --vm.backbone deepfm --history.side outcome age"
+    config = cli.parse(path, options.split())
+    assert config.history.side == ("outcome", "age")
     assert (config.seeds, config.fm.tap, config.vm.backbone) == (3, "all", "deepfm")
     assert as_json(config)["seeds"] == 3
     assert path.read_text().startswith('"""'), "a docstring with command, hardware, result, date"

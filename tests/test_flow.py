@@ -16,7 +16,7 @@ from loopfm_jax.config import Config
 from loopfm_jax.data.batches import OrderConfig
 from loopfm_jax.data.synthetic import Synthetic
 from loopfm_jax.fm.teacher import FMConfig
-from loopfm_jax.history.slices import SliceConfig
+from loopfm_jax.history.store import HistoryConfig
 from loopfm_jax.loop import TrainConfig
 from loopfm_jax.optim import OptimConfig
 from loopfm_jax.tables import TableConfig
@@ -33,7 +33,7 @@ def get_config():
             train=TrainConfig(order=OrderConfig(order="shuffled", epochs=2, batch=256),
                               optim=OptimConfig(learning_rate=3e-3)),
         ),
-        history=SliceConfig(length=10),
+        history=HistoryConfig(length=10),
         vm=VMConfig(
             deepfm=DeepFMConfig(hidden=(32, 16)), tables=TableConfig(width=8, init_std=0.01),
             encoder=EncoderConfig(name="mean", width=16),

@@ -20,6 +20,14 @@ Side = Literal["outcome", "age"]
 
 
 @dataclass(frozen=True)
+class HistoryConfig(SliceConfig):
+    """Histories: who may be seen, and what is told of an entry besides its code."""
+
+    side: tuple[Side, ...] = ()
+    """Told to the encoders of every method; the paper tells nothing."""
+
+
+@dataclass(frozen=True)
 class Store:
     """Everything a vertical model reads of the teacher. Arrays are memory maps."""
 

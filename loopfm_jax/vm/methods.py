@@ -1,6 +1,6 @@
 """The transfer methods by name: which channels from FM to VM are open."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loopfm_jax.errors import UserError
 from loopfm_jax.history.store import Side
@@ -28,7 +28,15 @@ METHODS = {
 }
 
 
-def find_method(name: str) -> Method:
+def find_method(name: str, *, side: tuple[Side, ...] = ()) -> Method:
+    """The method of a name; `side` is told of history entries on top of what the method tells.
+
+    Raises:
+      UserError: no such method.
+    """
     if name not in METHODS:
         raise UserError(f"no method {name!r}: methods are {', '.join(METHODS)}")
-    return METHODS[name]
+    method = METHODS[name]
+    if not method.history:
+        return method
+    return replace(method, side=tuple(dict.fromkeys((*side, *method.side))))

@@ -51,8 +51,6 @@ class VMConfig:
     """Read sequences of the key's earlier positive items as the FM does."""
     tables: TableConfig = field(default_factory=TableConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    side: tuple[Side, ...] = ()
-    """Told of every history entry besides its code, in every method."""
     summary_fields: int = 2
     """K: how many fields of the embedding width the history's summary becomes."""
     distil: DistilConfig = field(default_factory=DistilConfig)
@@ -78,7 +76,7 @@ class Student(nnx.Module):
         self, schema: Schema, config: VMConfig, method: Method, *, code_width: int, rngs: nnx.Rngs
     ):
         self.item = schema.item
-        self.side = tuple(dict.fromkeys((*config.side, *method.side)))
+        self.side = method.side
         extra = config.summary_fields if method.history else 0
         backbone = getattr(config, config.backbone)
         self.backbone = build(
