@@ -20,7 +20,7 @@ from loopfm_jax.data.synthetic import Synthetic
 from loopfm_jax.data.tabular import TabularLog
 from loopfm_jax.fm.compressor import CompressorConfig
 from loopfm_jax.fm.teacher import FMConfig
-from loopfm_jax.history.slices import SliceConfig
+from loopfm_jax.history.store import HistoryConfig
 from loopfm_jax.loop import TrainConfig
 from loopfm_jax.tables import TableConfig
 from loopfm_jax.vm.student import VMConfig
@@ -41,7 +41,7 @@ def get_config() -> Config:
             train=TRAIN,
         ),
         vm=VMConfig(deepfm=DEEPFM, tables=TableConfig(width=4), train=TRAIN),
-        history=SliceConfig(length=5),
+        history=HistoryConfig(length=5),
         methods=("base",),
     )
 """

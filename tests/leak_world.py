@@ -7,6 +7,7 @@ the FM is missing: codes are random, but for their first number, which names the
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +32,11 @@ from loopfm_jax.vm.encoders import EncoderConfig
 from loopfm_jax.vm.methods import METHODS
 from loopfm_jax.vm.student import History, Student, VMConfig
 
-DELAY_MS, RETENTION_MS, LONGEST, PAST = 5_000, 120_000, 3, 4
+DELAY_MS, RETENTION_MS, LONGEST, PAST = 4_000, 90_000, 3, 4
 SLICES = SliceConfig(
     length=LONGEST, delay_s=DELAY_MS / 1000, retention_days=RETENTION_MS / 86_400_000
 )
-CODE_WIDTH, SLOTS = 5, 256
+CODE_WIDTH, SLOTS = 5, 384
 """Slots are the same for every batch, so that one program serves."""
 VM = VMConfig(
     deepfm=DeepFMConfig(hidden=(6, 5)),
@@ -47,13 +48,13 @@ METHOD = METHODS["kd+loopfm+outcome"]
 
 
 def made_up_log() -> RawLog:
-    """4 users; slates of 1-3 rows over up to 6 s, on a coarse clock, so that ties abound."""
+    """4 users; slates of 1-3 rows over up to 20 s, on a coarse clock, so that ties abound."""
     rng = np.random.default_rng(0)
     rows = []
     for group in range(60):
         key, start = f"u{rng.integers(4)}", 4_000 * int(rng.integers(150))
         for _ in range(rng.integers(1, 4)):
-            wait = int(rng.choice([0, 0, 2_000, 6_000]))
+            wait = int(rng.choice([0, 0, 2_000, 6_000, 20_000]))
             rows.append((key, START_MS + start + wait, group, int(rng.integers(2))))
     frame = pl.DataFrame(rows, schema=["key", "time", "group", "label"], orient="row")
     return RawLog(
@@ -117,7 +118,7 @@ class World:
     @classmethod
     def create(cls, root: Path) -> "World":
         world = cls(root)
-        windows = Windows(fm_end="30%", vm_end="75%")
+        windows = Windows(fm_end="34%", vm_end="75%")
 
         def make_data(directory: Path):
             card = Card(description="made up")
@@ -194,7 +195,7 @@ class World:
             seen.append([j for _, j in sorted(past, reverse=True)][:LONGEST])
         return seen
 
-    def may_have_liked(self, label: np.ndarray) -> list[list[int]]:
+    def liked(self, label: np.ndarray) -> list[list[int]]:
         """Rows of every row's behaviour sequence, oldest first: positive ones of before."""
         key, time, logged = (self.log[n] for n in ("key", "time", "logged_time"))
         rows = range(len(key))
@@ -245,3 +246,12 @@ def logits(world: World) -> np.ndarray:
     examples = world.examples()
     run = compiled("logits", world.schema, student.pack)
     return np.asarray(run(world.batch_of(examples), world.history_of(examples)))
+
+
+def mutated(module: ModuleType, old: str, new: str) -> ModuleType:
+    """The module with one place of its source changed."""
+    source = Path(str(module.__file__)).read_text()
+    assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {module.__name__}"
+    other = ModuleType(module.__name__)
+    exec(compile(source.replace(old, new), str(module.__file__), "exec"), other.__dict__)
+    return other

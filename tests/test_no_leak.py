@@ -4,8 +4,6 @@ Every check says who influences whom exactly, so it also fails where somebody se
 """
 
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -22,6 +20,7 @@ from leak_world import (
     depends,
     logits,
     matrix,
+    mutated,
     names,
     order_seen,
 )
@@ -30,7 +29,6 @@ from loopfm_jax import flow, inputs
 from loopfm_jax.errors import UserError
 from loopfm_jax.fm.train import known_rows
 from loopfm_jax.history import codes, packing, slices, store
-from loopfm_jax.history.slices import SliceConfig
 from loopfm_jax.vm import student, train
 
 
@@ -51,19 +49,24 @@ def check_histories(world: World, _) -> None:
 
 def check_labels(world: World, monkeypatch, *, every: int = 15) -> None:
     """By perturbation of the log: a label reaches later examples of its key, never its own."""
-    before, label, seen = logits(world), world.log["label"], world.may_see()
-    liked, first = world.may_have_liked(label), world.exported[0]
+    label, seen, first = world.log["label"], world.may_see(), world.exported[0]
+
+    def liked(label):
+        return [world.log["ids"][rows] for rows in world.liked(label)[first:]]
+
+    before, liked_before = logits(world), liked(label)
     for j in range(0, len(label), every):
         flipped = label.copy()
         flipped[j] = 1 - flipped[j]
         with monkeypatch.context() as patch:
             world.relabelled(patch, flipped)
             changed = logits(world) != before
-        liked_now = world.may_have_liked(flipped)
-        expected = [
-            j - first in seen[i - first] or liked[i] != liked_now[i] for i in world.exported
-        ]
-        np.testing.assert_array_equal(changed, expected)
+        past = list(zip(liked_before, liked(flipped), strict=True))
+        seen_by = np.array([j - first in rows for rows in seen])
+        # The backbone pools its sequences: another order of the same events may go unnoticed.
+        may = seen_by | [not np.array_equal(a, b) for a, b in past]
+        must = seen_by | [not np.array_equal(np.sort(a, 0), np.sort(b, 0)) for a, b in past]
+        assert not changed[~may].any() and changed[must].all()
 
 
 def check_behaviours(world: World, _) -> None:
@@ -73,7 +76,7 @@ def check_behaviours(world: World, _) -> None:
     for column, name in enumerate(("item_id", "topic")):
         past = ids[:, read.schema.columns[f"past_{name}"]]
         own = ids[:, column]
-        for row, liked in zip(past, world.may_have_liked(world.log["label"]), strict=True):
+        for row, liked in zip(past, world.liked(world.log["label"]), strict=True):
             assert row.tolist() == [0] * (len(row) - len(liked)) + own[liked].tolist()
 
 
@@ -191,13 +194,7 @@ MUTANTS = {
     "codes unsorted": (by_history, store, '"codes": codes[order]', '"codes": codes', STRUCTURE),
     "outcomes unsorted": (by_label, store, "outcome[order]", "outcome", STRUCTURE),
     "next example's slice": (by_history, train, '["vm"].start\n', '["vm"].start - 1\n', OPEN),
-    "own slice kept": (
-        by_swap,
-        store,
-        "np.roll(group, largest)",
-        "np.roll(group, 0)",
-        (train, "swapped"),
-    ),
+    "own slice kept": (by_swap, store, "if own.any()", "if False", (train, "swapped")),
     "ranks turned": (
         by_history,
         packing,
@@ -237,15 +234,6 @@ MUTANTS = {
         SLICES_OF_INPUTS,
     ),
 }
-
-
-def mutated(module: ModuleType, old: str, new: str) -> ModuleType:
-    """The module with one place of its source changed."""
-    source = Path(str(module.__file__)).read_text()
-    assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {module.__name__}"
-    other = ModuleType(module.__name__)
-    exec(compile(source.replace(old, new), str(module.__file__), "exec"), other.__dict__)
-    return other
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -302,8 +290,3 @@ def test_the_fm_learns_no_label_that_came_after_its_window(world):
     late = read.log["logged_time"][all_rows] >= first
     assert late.any()
     np.testing.assert_array_equal(known_rows(read), all_rows[~late])
-
-
-def test_a_negative_delay_is_refused():
-    with pytest.raises(UserError, match="is a leak"):
-        SliceConfig(delay_s=-1)
