@@ -24,7 +24,7 @@ from loopfm_jax.data.prepare import prepare
 from loopfm_jax.data.raw import Card, Column, RawLog, Windows
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.data.synthetic import START_MS
-from loopfm_jax.history.slices import SliceConfig
+from loopfm_jax.history.store import HistoryConfig
 from loopfm_jax.stages import Stage
 from loopfm_jax.tables import TableConfig
 from loopfm_jax.vm import student, train
@@ -33,7 +33,7 @@ from loopfm_jax.vm.methods import METHODS
 from loopfm_jax.vm.student import History, Student, VMConfig
 
 DELAY_MS, RETENTION_MS, LONGEST, PAST = 4_000, 90_000, 3, 4
-SLICES = SliceConfig(
+SLICES = HistoryConfig(
     length=LONGEST, delay_s=DELAY_MS / 1000, retention_days=RETENTION_MS / 86_400_000
 )
 CODE_WIDTH, SLOTS = 5, 384
