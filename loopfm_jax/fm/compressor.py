@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from loopfm_jax.errors import UserError
+from loopfm_jax.errors import UserError, check_limits
 
 MOMENTUM, EPSILON = 0.99, 1e-8
 
@@ -31,9 +31,7 @@ class CompressorConfig:
     """Of the autoencoder's loss beside the FM's; no gradient is shared."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "hidden"):
-            if getattr(self, name) < 1:
-                raise UserError(f"compressor.{name} is {getattr(self, name)}; at least 1 is needed")
+        check_limits("compressor", {"width": self.width, "hidden": self.hidden}, low=1)
         outside = [p for p in self.prefixes if not 1 <= p <= self.width]
         if outside:
             raise UserError(

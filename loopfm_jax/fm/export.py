@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from loopfm_jax import checkpoint, infer, stages
-from loopfm_jax.errors import UserError
+from loopfm_jax.errors import UserError, check_limits
 from loopfm_jax.fm.teacher import FMConfig, Teacher
 from loopfm_jax.fm.train import builder
 from loopfm_jax.history import codes
@@ -32,10 +32,8 @@ class ExportConfig:
     batch: int = 4096
 
     def __post_init__(self) -> None:
-        if self.prefix < 0:
-            raise UserError(f"export.prefix is {self.prefix}; it must be 0 (all) or more")
-        if self.batch < 1:
-            raise UserError(f"export.batch is {self.batch}; at least 1 is needed")
+        check_limits("export", {"prefix": self.prefix}, low=0)
+        check_limits("export", {"batch": self.batch}, low=1)
 
 
 def export(

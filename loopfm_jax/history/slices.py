@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from loopfm_jax.errors import UserError
+from loopfm_jax.errors import UserError, check_limits
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,7 @@ class SliceConfig:
     """Entries older than this are forgotten."""
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise UserError(f"history.length is {self.length}; at least 1 is needed")
+        check_limits("history", {"length": self.length}, low=1)
         if not 0 <= self.delay_s < math.inf:
             raise UserError(
                 f"history.delay_s is {self.delay_s:g}; it must be 0 or more: an entry that counts "

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from loopfm_jax.errors import UserError
+from loopfm_jax.errors import UserError, check_limits
 from loopfm_jax.history.packing import Tokens
 
 EncoderName = Literal["mean", "sum", "din", "dmin"]
@@ -31,9 +31,7 @@ class EncoderConfig:
     """Hidden layers of the attention score."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"encoder.{name} is {getattr(self, name)}; at least 1 is needed")
+        check_limits("encoder", {"width": self.width, "heads": self.heads}, low=1)
         if self.name == "dmin" and self.width % self.heads:
             raise UserError(
                 f"encoder.width {self.width} does not divide into encoder.heads {self.heads}: make "
