@@ -1,4 +1,4 @@
-# Makes .venv with the locked dependencies; sourced by quickstart.sh, test.sh and bench.sh.
+# Makes .venv with the locked dependencies; sourced by quickstart.sh and test.sh.
 #   make_env <folder> <python> <extras>       extras: "" or "[dev]"
 # uv when it is there or pip can fetch it, else pip. Both read requirements.lock as constraints.
 
