@@ -16,6 +16,7 @@ from flax import nnx, struct
 
 from loopfm_jax.backbones import BackboneName, DeepFMConfig, DMINConfig, build
 from loopfm_jax.data.schema import Schema
+from loopfm_jax.errors import check_limits
 from loopfm_jax.history import codes
 from loopfm_jax.history.codes import Code
 from loopfm_jax.history.packing import Tokens, pack
@@ -39,6 +40,9 @@ class DistilConfig:
     gamma: float = 1.0
     """Weight of the distillation loss."""
 
+    def __post_init__(self) -> None:
+        check_limits("distil", {"alpha": self.alpha, "beta": self.beta, "gamma": self.gamma}, low=0)
+
 
 @dataclass(frozen=True)
 class VMConfig:
@@ -55,6 +59,9 @@ class VMConfig:
     """K: how many fields of the embedding width the history's summary becomes."""
     distil: DistilConfig = field(default_factory=DistilConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        check_limits("vm", {"summary_fields": self.summary_fields}, low=1)
 
 
 @struct.dataclass
