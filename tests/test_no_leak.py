@@ -13,7 +13,6 @@ from leak_world import (
     DELAY_MS,
     LONGEST,
     METHOD,
-    SLICES,
     VM,
     World,
     compiled,
@@ -29,6 +28,7 @@ from loopfm_jax import flow, inputs
 from loopfm_jax.errors import UserError
 from loopfm_jax.fm.train import known_rows
 from loopfm_jax.history import codes, packing, slices, store
+from loopfm_jax.history.slices import SliceConfig
 from loopfm_jax.vm import student, train
 
 
@@ -252,7 +252,7 @@ def test_a_planted_leak_is_caught(world, monkeypatch, name):
 def test_no_swapped_example_keeps_a_row_of_its_key(log):
     key, time = np.array(log, np.int64).T
     order, end, length = slices.slices(
-        entry_key=key, entry_time=time, query_key=key, query_time=time, config=SLICES
+        entry_key=key, entry_time=time, query_key=key, query_time=time, config=SliceConfig()
     )
     nothing = np.zeros(0)
     own = store.Store(nothing, nothing, nothing, nothing, end, length, nothing, 0)
@@ -266,6 +266,10 @@ def test_no_swapped_example_keeps_a_row_of_its_key(log):
         assert len(rows) == swapped_length[i] and not (key[rows] == key[i]).any()
         # As long as before, or as the longest that any other key has.
         assert swapped_length[i] == min(length[i], length[key != key[i]].max())
+    for n in np.unique(length):  # and shuffled, not all borrowed from one, where that can be
+        group = length == n
+        if 2 * np.unique(key[group], return_counts=True)[1].max() <= group.sum():
+            assert sorted(swapped_end[group]) == sorted(end[group])
 
 
 # --------------------------------------------------------------------------- the FM's cutoff
