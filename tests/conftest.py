@@ -5,7 +5,10 @@ from pathlib import Path
 
 os.environ["NPROC"] = "32"  # fewer abort the process when many async collectives are queued
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8"
+    " --xla_backend_optimization_level=0"  # these programs run for less time than they compile
+)
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/loopfm_jax/test-xla").expanduser())
 )
