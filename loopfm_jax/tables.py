@@ -90,7 +90,8 @@ class Embedder(nnx.Module):
         self.schema = schema
         self.table = Table(schema, config, rngs=rngs)
         shape = (len(schema.numeric), config.width)
-        self.numeric_NE = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape))
+        values_NE = config.init_std * jax.random.normal(rngs.params(), shape)
+        self.numeric_NE = nnx.Param(values_NE) if schema.numeric else None  # Orbax: no empty arrays
         self.frozen = nnx.Dict()
         self.project = nnx.Dict()
         for f in (f for f in schema.fields if f.frozen_width):
@@ -120,8 +121,10 @@ class Embedder(nnx.Module):
         ids = {f.name: features.ids_BC[:, columns[f.name]] for f in self.schema.fields}
         embedded = {f.name: self._frozen(f, ids[f.name]) for f in self._fields(frozen=True)}
         embedded |= self._trained({f.name: ids[f.name] for f in self._fields(frozen=False)})
-        numeric_BNE = features.floats_BN[:, :, None] * self.numeric_NE[...][None]
-        numeric = {n.name: numeric_BNE[:, i] for i, n in enumerate(self.schema.numeric)}
+        numeric = {}
+        if self.numeric_NE is not None:
+            numeric_BNE = features.floats_BN[:, :, None] * self.numeric_NE[...][None]
+            numeric = {n.name: numeric_BNE[:, i] for i, n in enumerate(self.schema.numeric)}
         sequences = self.schema.sequences
         return Embedded(
             features=features,

@@ -12,9 +12,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from loopfm_jax import checkpoint, loop
+from loopfm_jax.backbones import DeepFM, DeepFMConfig
 from loopfm_jax.data.batches import Batch, OrderConfig
+from loopfm_jax.data.schema import Field, Schema
 from loopfm_jax.errors import UserError
 from loopfm_jax.sharding import MeshConfig, for_state, make_mesh
+from loopfm_jax.tables import TableConfig
 
 ROWS, WIDTH = 160, 4
 FEATURES = np.random.default_rng(0).normal(size=(ROWS, WIDTH)).astype(np.float32)
@@ -134,3 +137,19 @@ def test_rules_shard_tables_over_all_devices_and_kernels_over_model() -> None:
     assert found["table"]["rows_VE"].spec == PartitionSpec(("data", "model"), None)
     assert found["dnn"]["kernel"].spec == PartitionSpec(None, "model")
     assert found["odd"]["rows_VE"].spec == PartitionSpec()
+
+
+def test_a_model_without_numeric_columns_is_saved_and_loaded(tmp_path: Path) -> None:
+    schema = Schema((Field("user", 5), Field("item", 7)), item=("item",))
+
+    def build(rngs: nnx.Rngs) -> nnx.Module:
+        return DeepFM(DeepFMConfig(hidden=(4,)), schema, TableConfig(width=2), rngs=rngs)
+
+    model = build(nnx.Rngs(0))
+    checkpoint.save_model(model, tmp_path)
+    loaded = checkpoint.load_model(build, tmp_path, make_mesh(MeshConfig(4, 2)))
+    for a, b in zip(
+        jax.tree.leaves(nnx.state(model)), jax.tree.leaves(nnx.state(loaded)), strict=True
+    ):
+        assert a.size > 0
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))

@@ -49,15 +49,17 @@ class FirstOrder(nnx.Module):
         self.shift_C = tuple(np.repeat(shifts, [f.length for f in fields]).tolist())
         self.table = Table(own, replace(config, width=1), rngs=rngs)
         weights = config.init_std * jax.random.normal(rngs.params(), (len(schema.numeric),))
-        self.numeric_N = nnx.Param(weights)
+        self.numeric_N = nnx.Param(weights) if schema.numeric else None
         self.bias = nnx.Param(jnp.zeros(()))
 
     def __call__(self, features: Features) -> jax.Array:
         """ids_BC, floats_BN -> [B]."""
         ids_BC = features.ids_BC
         own_BC = jnp.where(ids_BC > 0, ids_BC + jnp.asarray(self.shift_C, ids_BC.dtype)[None], 0)
-        weights_B = self.table(own_BC).sum((1, 2))
-        return weights_B + features.floats_BN @ self.numeric_N[...] + self.bias[...]
+        weights_B = self.table(own_BC).sum((1, 2)) + self.bias[...]
+        if self.numeric_N is None:
+            return weights_B
+        return weights_B + features.floats_BN @ self.numeric_N[...]
 
 
 def pairwise(fields_BFE: jax.Array) -> jax.Array:
