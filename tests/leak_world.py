@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import polars as pl
 from flax import nnx
-from noise import FAST, noisy, parts
+from noise import noisy, parts
 
 from loopfm_jax import flow, inputs, stages
 from loopfm_jax.backbones import DeepFMConfig
@@ -102,7 +102,7 @@ def compiled(what: str, schema: Schema, pack):
         return jax.lax.map(turn, jnp.arange(len(history.codes)))
 
     program = {"logits": logits, "slopes": slopes, "turned over": turned_over}[what]
-    return jax.jit(program, compiler_options=FAST)
+    return jax.jit(program)
 
 
 @dataclass(frozen=True)

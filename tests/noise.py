@@ -9,8 +9,6 @@ import numpy as np
 from flax import nnx
 
 M = TypeVar("M", bound=nnx.Module)
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Options of `jax.jit` that halve the time to compile."""
 MIDDLE = {"scale": 1.0, "var": 1.0, "variance_D": 1.0}
 
 

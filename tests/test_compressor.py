@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from noise import FAST, named, noisy, parts
+from noise import named, noisy, parts
 
 from loopfm_jax.backbones import DeepFMConfig
 from loopfm_jax.data.schema import Field, Schema
@@ -106,7 +106,7 @@ def fit(e_BD: np.ndarray, steps: int = 300):
         return (optax.apply_updates(params, updates), rest, moments), loss
 
     carry = params, rest, optimiser.init(params)
-    train = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps), compiler_options=FAST)
+    train = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps))
     (params, rest, _), losses = train(carry)
     return losses, nnx.merge(graphdef, params, rest)
 
@@ -197,7 +197,7 @@ def test_no_gradient_passes_between_fm_and_compressor():
         "weight_B": np.ones(B, np.float32),
     }
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def slopes(params):
         def terms(params):
             model = nnx.merge(graphdef, params, rest)
@@ -209,8 +209,6 @@ def test_no_gradient_passes_between_fm_and_compressor():
     (total, click, code), gradients = slopes(params)
     np.testing.assert_allclose(total, click + 3 * code, rtol=1e-6)
     for path, g in jax.tree.leaves_with_path(gradients):
-        if not g.size:
-            continue  # a schema without numeric columns
         whole, of_click, of_code = np.asarray(g)
         own, other, weight = (
             (of_code, of_click, 3) if "compressor" in str(path) else (of_click, of_code, 1)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from noise import FAST, named, noisy
+from noise import named, noisy
 
 from loopfm_jax.errors import UserError
 from loopfm_jax.history import packing
@@ -50,7 +50,7 @@ def compiled(name: str, layout: str):
         value_TX = jnp.where(tokens.real_T[:, None], store_NX[tokens.row_T], unreal_TX)
         return nnx.merge(graphdef, params)(value_TX, query_BQ, tokens)
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def run(store_NX, unreal_TX, query_BQ, end_B, length_B):
         summary_BO, backward = jax.vjp(
             lambda *x: summarise(*x, end_B, length_B), params, store_NX, unreal_TX, query_BQ

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from noise import FAST, noisy, parts
+from noise import noisy, parts
 
 from loopfm_jax.backbones import DeepFMConfig, build
 from loopfm_jax.data.schema import Field, Numeric, Schema
@@ -79,7 +79,7 @@ def program(name: str, distil: DistilConfig):
     """(loss, its terms, serving and distillation logits, gradient), compiled."""
     graphdef, params, rest = parts(make(name))
 
-    @partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def run(batch, history, params=params):
         def objective(params):
             model = nnx.merge(graphdef, params, rest)
