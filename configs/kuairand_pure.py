@@ -9,13 +9,15 @@ The result card is in configs/README.md.
 
 Everything below was chosen on 6 May (`--data.windows.holdout validation`: VMs on 1-5 May), never on
 the test window:
-- The FM is a DeepFM. DMIN as FM reached an AUC of .68-.69 there, DeepFM .71: in a week of log the
-  behaviour sequences grow from nothing, so what DMIN learns of them does not hold a week later.
-- FM: two shuffled epochs with dropout. One epoch scores higher itself (.712 against .706), but
-  transfers less (kd+loopfm +.008 against +.010 over base).
-- VM: batch 512 by the base VM's NE; encoder DMIN by kd+loopfm (mean, sum, 4 heads: within .001).
+- The FM is a DeepFM. DMIN as FM diverges at the public learning rate, stays below at a lower one,
+  and transfers half as much. (A guess why: over a week of log behaviours grow from nothing, so what
+  is learned of them does not hold a week later.)
+- FM: two shuffled epochs with dropout. One without it scores higher itself and transfers less.
+- VM: batch 512 by the base VM's NE; encoder DMIN as in the paper (the mean does as well).
 - alpha, beta, gamma: 1. A click rate of 45 % leaves no room for label scaling (the paper's alpha is
-  5 at 5 %); gamma 3 gave kd+loopfm .003 less.
+  5 at 5 %); gamma 3 transfers less.
+
+The figures of these trials are in configs/README.md too.
 """
 
 from pathlib import Path

@@ -8,6 +8,7 @@ import optax
 from flax import nnx, struct
 
 from loopfm_jax.backbones import BackboneName, DeepFMConfig, DMINConfig, build
+from loopfm_jax.data.batches import OrderConfig
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.errors import UserError
 from loopfm_jax.fm.compressor import Compressor, CompressorConfig
@@ -17,18 +18,20 @@ from loopfm_jax.tables import Features, TableConfig
 
 @dataclass(frozen=True)
 class FMConfig:
-    """The teacher: backbone, tap, compressor and training."""
+    """The teacher: backbone, tap, compressor and training; defaults for a log of some weeks."""
 
-    backbone: BackboneName = "dmin"
-    deepfm: DeepFMConfig = field(default_factory=DeepFMConfig)
+    backbone: BackboneName = "deepfm"
+    deepfm: DeepFMConfig = field(default_factory=lambda: DeepFMConfig(dropout=0.2))
     dmin: DMINConfig = field(default_factory=DMINConfig)
-    behaviours: bool = True
+    behaviours: bool = False
     """Read sequences of the key's earlier positive items (DMIN needs them)."""
-    tables: TableConfig = field(default_factory=lambda: TableConfig(width=32))
+    tables: TableConfig = field(default_factory=TableConfig)
     tap: str = "hidden_0"
     """Which activation is exported: embedding, hidden_0, hidden_1, .. or all (concatenated)."""
     compressor: CompressorConfig = field(default_factory=CompressorConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(OrderConfig(order="shuffled", epochs=2, batch=256))
+    )
 
 
 @struct.dataclass

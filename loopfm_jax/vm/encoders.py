@@ -25,7 +25,7 @@ class EncoderConfig:
     name: EncoderName = "dmin"
     width: int = 32
     """W: width of tokens inside the encoder (the paper: 32)."""
-    heads: int = 4
+    heads: int = 2
     """Interests of the DMIN encoder (the paper: 4)."""
     score_hidden: tuple[int, ...] = (64, 32)
     """Hidden layers of the attention score."""

@@ -15,6 +15,7 @@ import optax
 from flax import nnx, struct
 
 from loopfm_jax.backbones import BackboneName, DeepFMConfig, DMINConfig, build
+from loopfm_jax.data.batches import OrderConfig
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.errors import check_limits
 from loopfm_jax.history import codes
@@ -49,7 +50,7 @@ class VMConfig:
     """The student: backbone, history encoder, distillation and training."""
 
     backbone: BackboneName = "deepfm"
-    deepfm: DeepFMConfig = field(default_factory=DeepFMConfig)
+    deepfm: DeepFMConfig = field(default_factory=lambda: DeepFMConfig(hidden=(128, 64)))
     dmin: DMINConfig = field(default_factory=DMINConfig)
     behaviours: bool = False
     """Read sequences of the key's earlier positive items as the FM does."""
@@ -58,7 +59,7 @@ class VMConfig:
     summary_fields: int = 2
     """K: how many fields of the embedding width the history's summary becomes."""
     distil: DistilConfig = field(default_factory=DistilConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(OrderConfig(batch=256)))
 
     def __post_init__(self) -> None:
         check_limits("vm", {"summary_fields": self.summary_fields}, low=1)
