@@ -41,10 +41,6 @@ class Store:
     start_ms: int
     """Time of second 0."""
 
-    @property
-    def bytes_per_row(self) -> int:
-        return self.codes.shape[1] * self.codes.itemsize
-
 
 def structure(
     *,
