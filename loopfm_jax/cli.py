@@ -79,23 +79,24 @@ def evaluate(flow: Flow) -> dict[str, Any]:
     for folder in (flow.data, flow.teacher, flow.exported, flow.history):
         stages.verify(folder)
     found = results.collect(flow, command="loopfm " + " ".join(sys.argv[1:]))
-    report.write(found, flow.root)
+    folder = flow.judged(flow.root)
+    report.write(found, folder)
     print(report.table(found), file=sys.stderr)
-    say(f"report: {(flow.root / 'report.html').resolve()}")
+    say(f"report: {(folder / 'report.html').resolve()}")
     return results.headline(found)
 
 
 def render(flow: Flow) -> dict[str, Any]:
     """report.md and report.html again, from report.json"""
-    path = flow.root / "report.json"
+    path = flow.judged(flow.root) / "report.json"
     if not path.exists():
         raise UserError(f"{path} is missing: run `loopfm evaluate` first")
     try:
         found = json.loads(path.read_text())
     except ValueError:
         raise UserError(f"{path} is damaged: run `loopfm evaluate` again") from None
-    report.write(found, flow.root)
-    return {"report": str(flow.root / "report.html")}
+    report.write(found, path.parent)
+    return {"report": str(path.with_suffix(".html"))}
 
 
 def run(flow: Flow) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loopfm_jax.data.kuairand import KuaiRandPure
+from loopfm_jax.data.raw import Holdout
 from loopfm_jax.data.synthetic import Synthetic
 from loopfm_jax.data.tabular import TabularLog
 from loopfm_jax.errors import UserError, check_limits
@@ -37,6 +38,8 @@ class Config:
     """VMs per method; the FM is trained once, with the first seed."""
     seed: int = 0
     """The first seed."""
+    holdout: Holdout = "test"
+    """Judge VMs on this window; `validation` leaves the test window alone (for choices)."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     workdir: Path = Path("runs/default")
     """Where everything is written."""

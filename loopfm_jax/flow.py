@@ -57,9 +57,13 @@ class Flow:
     def history(self) -> Path:
         return self._branch / "history"
 
+    def judged(self, branch: Path) -> Path:
+        """Where VMs and reports go: a choice made on the validation window has its own folder."""
+        return branch if self.config.holdout == "test" else branch / "validation"
+
     def vm(self, method: str, seed: int, histories: Histories = "own") -> Path:
         branch = self._branch if histories == "own" else self.root / "controls/swapped-histories"
-        return branch / "vm" / method / f"seed_{seed}"
+        return self.judged(branch) / "vm" / method / f"seed_{seed}"
 
     def prepare(self) -> Report:
         source = self.config.data
@@ -171,6 +175,7 @@ class Flow:
                 "side": list(found.side),
                 "seed": seed,
                 "histories": histories,
+                "holdout": config.holdout,
             },
             inputs={"data": self.data, "history": self.history},
             resumable=True,
@@ -192,6 +197,7 @@ class Flow:
                 config.vm,
                 mesh=make_mesh(config.mesh),
                 seed=seed,
+                holdout=config.holdout,
                 directory=directory,
                 title=f"train-vm {method} seed {seed}",
             )

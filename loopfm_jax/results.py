@@ -21,15 +21,16 @@ def collect(flow: Flow, *, command: str = "") -> Report:
     """The report of a run whose stages are complete."""
     config = flow.config
     log, splits = load(flow.data)
-    rows = splits["test"]
+    rows = splits[config.holdout]
     label, key = log["label"][rows].astype(np.float64), log["key"][rows]
     manifests = {m: _manifests(flow, m) for m in dict.fromkeys(("base", *config.methods))}
     predictions = {m: _predictions(flow, m) for m in manifests}
     table = evaluate.compare(predictions, label=label, key=key)
     for method, row in table.items():
         row |= _training(manifests[method])
-    soft = np.load(flow.exported / "soft.npy", allow_pickle=False)[-len(label) :]
-    lengths = np.load(flow.history / "length.npy", allow_pickle=False)[-len(label) :]
+    exported = slice(rows.start - splits["vm"].start, rows.stop - splits["vm"].start)
+    soft = np.load(flow.exported / "soft.npy", allow_pickle=False)[exported]
+    lengths = np.load(flow.history / "length.npy", allow_pickle=False)[exported]
     prepared = stages.verify(flow.data)["facts"]
     teacher = stages.verify(flow.teacher)
     return {
@@ -39,7 +40,7 @@ def collect(flow: Flow, *, command: str = "") -> Report:
         "command": command,
         "rows": prepared["rows"],
         "windows": prepared["windows"],
-        "holdout": config.data.windows.holdout,
+        "holdout": config.holdout,
         "seeds": config.seeds,
         "fm": measure(label, soft, key)._asdict() | _training([teacher]),
         "methods": table,

@@ -44,14 +44,14 @@ OPTIONS = {
     "no epochs": (["--vm.train.order.epochs", "-1"], ["order.epochs is -1"]),
     "bad window": (["--data.windows.fm-end", "half"], ["'half'", "50%", "data.windows"]),
     "no zone": (["--data.windows.fm-end", "2024-01-03"], ["write 2024-01-03T00:00+00:00"]),
-    "falling windows": (["--data.windows.vm-end", "40%"], ["must rise", "50%, 40%, 100%"]),
+    "falling windows": (["--data.windows.vm-end", "40%"], ["must rise", "50%, its last quarter, 40%, 100%"]),
     "empty FM window": (["--data.windows.fm-end", "0%"], ["fm window is empty", "2024-01-01T"]),
     "window past the log": (
         ["--data.windows.vm-end", "100%", "--data.windows.test-end", "2030-01-01T00:00Z"],
         ["test window is empty", "the log runs from 2024-01-01T", "move data.windows"],
     ),
     "infinite window": (["--data.windows.fm-end", "inf%"], ["'inf%'"]),
-    "unknown holdout": (["--data.windows.holdout", "tests"], ["'tests'", "validation"]),
+    "unknown holdout": (["--holdout", "tests"], ["'tests'", "validation"]),
 }
 
 

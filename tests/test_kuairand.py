@@ -31,6 +31,7 @@ from loopfm_jax.errors import UserError
 
 WINDOWS = Windows(
     fm_end="2022-05-01T00:00+08:00",
+    validation_start="2022-05-06T00:00+08:00",
     vm_end="2022-05-07T00:00+08:00",
     test_end="2022-05-09T00:00+08:00",
 )
@@ -88,14 +89,14 @@ def test_window_has_the_rows_of_its_files(kuairand_window, window_rows, window_l
     assert len(window_rows) < STANDARD_ROWS
 
     times = np.sort([int(row[LOG.index("time_ms")]) for row in kept])
-    ends = [datetime.fromisoformat(t).timestamp() * 1000 for t in
-            (WINDOWS.fm_end, WINDOWS.vm_end, WINDOWS.test_end)]  # fmt: skip
+    marks = (WINDOWS.fm_end, WINDOWS.validation_start, WINDOWS.vm_end, WINDOWS.test_end)
+    ends = [datetime.fromisoformat(str(mark)).timestamp() * 1000 for mark in marks]
     stops = [0, *(int((times < end).sum()) for end in ends)]
     log, splits = load(window_log)
     assert [(s.start, s.stop) for s in splits.values()] == list(
         zip(stops[:-1], stops[1:], strict=True)
     )
-    assert [s.stop - s.start for s in splits.values()] == [92_220, 101_857, 28_792]
+    assert [s.stop - s.start for s in splits.values()] == [92_220, 88_275, 13_582, 28_792]
     np.testing.assert_array_equal(log["time"], times)
 
 

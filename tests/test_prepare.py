@@ -23,7 +23,7 @@ from loopfm_jax.data import builder
 from loopfm_jax.data.encode import encode
 from loopfm_jax.data.log import Log, load
 from loopfm_jax.data.prepare import cut, dense_key, in_time_order
-from loopfm_jax.data.raw import Column, RawLog, Windows
+from loopfm_jax.data.raw import SPLITS, Column, RawLog, Windows, vm_windows
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.errors import UserError
 
@@ -196,7 +196,7 @@ def test_blocks_of_any_size_hold_every_row_once(tmp_path, monkeypatch, block):
 
 def test_the_folder_is_a_tfds_data_set(prepared):
     stored = tfds.builder_from_directory(prepared / "synthetic" / "1.0.0")
-    assert set(stored.info.splits) == {"fm", "vm", "test"}
+    assert set(stored.info.splits) == set(SPLITS)
     block = stored.as_data_source("fm")[0]
     log, splits = load(prepared)
     np.testing.assert_array_equal(block["ids"], log["ids"][splits["fm"]][: len(block["ids"])])
@@ -216,18 +216,24 @@ def test_rows_after_the_test_window_are_left_out(tmp_path):
 
 def test_validation_takes_the_end_of_the_vm_window():
     time = np.arange(0, 1000, 10)
-    test, _ = cut(time, Windows("50%", "80%", "100%", "70%"))
-    validation, text = cut(time, Windows("50%", "80%", "100%", "70%", holdout="validation"))
-    assert test == {"fm": (0, 50), "vm": (50, 80), "test": (80, 100)}
-    assert validation == {"fm": (0, 50), "vm": (50, 70), "test": (70, 80)}
-    assert "test until 80%" in text
+    cuts, text = cut(time, Windows("50%", "80%", "100%", "70%"))
+    assert cuts == {"fm": (0, 50), "vm": (50, 70), "validation": (70, 80), "test": (80, 100)}
+    assert "validation until 80%" in text
+    assert cut(np.arange(0, 1000), Windows("50%", "90%"))[0]["validation"] == (800, 900)
+    with pytest.raises(UserError, match="must rise"):
+        cut(time, Windows("50%", "80%", "100%", "85%"))
+
+
+def test_vertical_models_never_learn_from_what_they_are_judged_on():
+    assert vm_windows("test") == ("vm", "validation")
+    assert vm_windows("validation") == ("vm",)
 
 
 def test_a_row_at_the_end_of_a_window_belongs_to_the_next():
     marks = [datetime.fromtimestamp(s, UTC).isoformat() for s in (1.7e9 + 2, 1.7e9 + 4, 1.7e9 + 6)]
     time = START_MS + np.array([0, 1999, 2000, 2000, 3999, 4000, 6000])
     cuts, _ = cut(time, Windows(*marks))
-    assert cuts == {"fm": (0, 2), "vm": (2, 5), "test": (5, 6)}
+    assert cuts == {"fm": (0, 2), "vm": (2, 4), "validation": (4, 5), "test": (5, 6)}
 
 
 @pytest.mark.parametrize("mark", ["half", "nan%", "inf%", "1e999%", "%", "2022-13-01T00:00+00:00"])

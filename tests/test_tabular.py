@@ -263,5 +263,5 @@ def test_windows_come_with_the_source(tmp_path, csv):
     log, splits = load(
         prepared_from(replace(SOURCE, files=(str(csv),), windows=windows), tmp_path / "log")
     )
-    assert [s.stop for s in splits.values()] == [30, 60, 90]
+    assert [splits[name].stop for name in ("fm", "validation", "test")] == [30, 60, 90]
     assert len(log) == 90

@@ -1,8 +1,8 @@
 """The TFDS builder behind every prepared log: ArrayRecord files whose records are columnar blocks.
 
 One record holds some thousand consecutive rows (a thousand times faster to read than one record a
-row), in time order, and never straddles a window: the splits are `fm`, `vm` and `test`. TensorFlow
-is not needed, neither to build nor to read.
+row), in time order, and never straddles a window: the splits are the windows. TensorFlow is not
+needed, neither to build nor to read.
 """
 
 import io

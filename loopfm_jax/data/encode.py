@@ -59,6 +59,7 @@ def encode(raw: RawLog, frame: pl.DataFrame, *, fm_rows: int) -> Encoded:
         numeric=normalisers,
         behaviours=_behaviours(raw),
         item=raw.item,
+        entity=raw.entity,
     )
     offsets, ids, ragged = schema.offsets, {}, {}
     for c in discrete:

@@ -110,6 +110,7 @@ class KuaiRandPure:
             frame=_join(log, users, videos, label=self.label, names=names),
             columns=columns,
             item=("video_id", "author_id", "duration"),
+            entity=("user_id", *USER_CATEGORIES),
             behaviour=("video_id", "author_id", "duration"),
             behaviour_length=self.behaviour_length,
             duplicates=duplicates,

@@ -9,15 +9,18 @@ from pathlib import Path
 import numpy as np
 
 from loopfm_jax.data.encode import Ragged
+from loopfm_jax.data.raw import SPLITS
 from loopfm_jax.data.schema import Schema
 
+KEY = "key_"
+"""Prefix of the columns that may key histories besides `key`."""
 FIXED = ("ids", "floats", "label", "time", "logged_time", "key", "example_id", "truth")
 
 
 @dataclass(frozen=True)
 class Log:
     """Rows in time order. `ids` [rows, F] fused int32, `ragged` by field, `label` uint8,
-    `time`, `logged_time` int64 ms, `key` int64."""
+    `time`, `logged_time` int64 ms, `key` int64, `key_<column>` int32."""
 
     schema: Schema
     columns: Mapping[str, np.ndarray]
@@ -83,7 +86,7 @@ def load(directory: Path) -> tuple[Log, dict[str, slice]]:
     from loopfm_jax.data import builder  # TFDS takes a second to import: only where it is used
 
     facts = json.loads((directory / "schema.json").read_text())
-    parts = {s: builder.read(directory / facts["folder"], (s,)) for s in ("fm", "vm", "test")}
+    parts = {s: builder.read(directory / facts["folder"], (s,)) for s in SPLITS}
     names = parts["fm"]
     columns = {n: np.concatenate([p[n] for p in parts.values()]) for n in names}
     ragged = {
@@ -97,7 +100,7 @@ def load(directory: Path) -> tuple[Log, dict[str, slice]]:
         start = splits[name].stop
     log = Log(
         schema=Schema.from_json(facts["schema"]),
-        columns={n: columns[n] for n in FIXED if n in columns},
+        columns={n: v for n, v in columns.items() if n in FIXED or n.startswith(KEY)},
         ragged=ragged,
         truth=tuple(facts["truth"]),
     )

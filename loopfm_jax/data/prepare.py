@@ -14,10 +14,9 @@ import polars as pl
 from loopfm_jax.data import builder
 from loopfm_jax.data.checks import check, check_windows
 from loopfm_jax.data.encode import encode
-from loopfm_jax.data.raw import Card, RawLog, Windows
+from loopfm_jax.data.log import KEY
+from loopfm_jax.data.raw import SPLITS, Card, RawLog, Windows
 from loopfm_jax.errors import UserError
-
-SPLITS = ("fm", "vm", "test")
 
 
 def prepare(
@@ -50,6 +49,8 @@ def prepare(
         "key": dense_key(frame["key"]),
         "example_id": np.arange(len(frame), dtype=np.int64),
     }
+    for column in raw.item if raw.keys is None else raw.keys:
+        columns[KEY + column] = number(frame[column])
     if encoded.floats.shape[1]:
         columns["floats"] = encoded.floats
     if raw.truth:
@@ -97,15 +98,14 @@ def in_time_order(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def cut(time: np.ndarray, windows: Windows) -> tuple[dict[str, tuple[int, int]], str]:
-    """Row ranges of the windows over sorted times, and the same for people.
-
-    With `holdout = validation` the last part of the VM window takes the place of the test window.
-    """
-    marks = [windows.fm_end, windows.vm_end, windows.test_end]
-    if windows.holdout == "validation":
-        marks = [windows.fm_end, windows.validation_start, windows.vm_end]
-    times = [_to_ms(mark, time) for mark in marks]
-    if not times[0] < times[1] < times[2]:
+    """Row ranges of the windows over sorted times, and the same for people."""
+    fm_end, vm_end = _to_ms(windows.fm_end, time), _to_ms(windows.vm_end, time)
+    middle, mark = vm_end - (vm_end - fm_end) // 4, "its last quarter"
+    if windows.validation_start is not None:
+        middle, mark = _to_ms(windows.validation_start, time), windows.validation_start
+    times = [fm_end, middle, vm_end, _to_ms(windows.test_end, time)]
+    marks = [windows.fm_end, mark, windows.vm_end, windows.test_end]
+    if sorted(set(times)) != times:
         raise UserError(
             f"window ends must rise, but are {', '.join(marks)}, and {_span(time)}; change "
             "data.windows"
@@ -142,3 +142,11 @@ def _span(time: np.ndarray) -> str:
 def dense_key(key: pl.Series) -> np.ndarray:
     """Keys of any type -> int64 0..K-1 in the order of their values."""
     return (key.rank("dense") - 1).cast(pl.Int64).to_numpy()
+
+
+def number(values: pl.Series) -> np.ndarray:
+    """Values of any type -> int32 0..K-1 by first appearance: later values renumber nothing."""
+    values = values.cast(pl.String).fill_null("")
+    known = values.unique(maintain_order=True)
+    numbers = pl.int_range(len(known), dtype=pl.Int32, eager=True)
+    return values.replace_strict(known, numbers).to_numpy()

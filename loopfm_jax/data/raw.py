@@ -6,6 +6,10 @@ from typing import Any, Literal, Protocol
 
 import polars as pl
 
+Holdout = Literal["test", "validation"]
+SPLITS = ("fm", "vm", "validation", "test")
+"""The windows of a log, in time order."""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -36,6 +40,10 @@ class RawLog:
     columns: tuple[Column, ...]
     item: tuple[str, ...]
     """Columns that describe the candidate (the query of target attention)."""
+    entity: tuple[str, ...] = ()
+    """Columns that describe the key alone (what an entity embedding is made of)."""
+    keys: tuple[str, ...] | None = None
+    """Columns that may key histories besides `key`; None: those of `item`."""
     behaviour: tuple[str, ...] = ()
     """Columns whose values at the key's earlier positive rows form behaviour sequences."""
     behaviour_length: int = 50
@@ -52,16 +60,21 @@ class Windows:
     """Where the log is cut, each an ISO time with zone or a percentage of the time span.
 
     FM window: before `fm_end`. From there on the frozen FM logs embeddings. VM window:
-    `fm_end .. vm_end`; test window: `vm_end .. test_end`.
+    `fm_end .. vm_end`, whose last part, from `validation_start`, is the validation window: a run
+    with `holdout = validation` trains VMs before it and judges them on it, so that choices are
+    made without the test window, `vm_end .. test_end`.
     """
 
     fm_end: str = "50%"
     vm_end: str = "85%"
     test_end: str = "100%"
-    validation_start: str = "75%"
-    """With `holdout = validation` the VM stops here and is judged on `validation_start .. vm_end`:
-    the window on which choices are made, cut from the VM window so that the test stays unseen."""
-    holdout: Literal["test", "validation"] = "test"
+    validation_start: str | None = None
+    """Default: where the last quarter of the VM window's time begins."""
+
+
+def vm_windows(holdout: Holdout) -> tuple[str, ...]:
+    """The windows that VMs are trained on when they are judged on `holdout`."""
+    return SPLITS[1 : SPLITS.index(holdout)]
 
 
 @dataclass(frozen=True)

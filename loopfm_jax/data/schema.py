@@ -64,6 +64,8 @@ class Schema:
     behaviours: tuple[Behaviour, ...] = ()
     item: tuple[str, ...] = ()
     """Fields that describe the candidate: the query of target attention over histories."""
+    entity: tuple[str, ...] = ()
+    """Fields that describe the key alone: what an entity embedding is made of."""
 
     @property
     def categorical(self) -> tuple[Field, ...]:
@@ -115,6 +117,7 @@ class Schema:
             numeric=numeric,
             behaviours=tuple(k for b in self.behaviours if (k := b.keep(names)).target),
             item=tuple(n for n in self.item if n in names),
+            entity=tuple(n for n in self.entity if n in names),
         )
 
     def for_vm(self) -> "Schema":
@@ -140,4 +143,5 @@ class Schema:
             numeric=tuple(Numeric(**n) for n in text["numeric"]),
             behaviours=tuple(behaviours),
             item=tuple(text["item"]),
+            entity=tuple(text["entity"]),
         )

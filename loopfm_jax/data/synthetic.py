@@ -138,6 +138,7 @@ class Synthetic:
             frame=_frame(self, shelf, feed, requests, truth),
             columns=COLUMNS,
             item=("item_id", "topic"),
+            entity=("user_id",),
             behaviour=("item_id", "topic"),
             truth=tuple(truth),
             notes={"users": len(users.bias_U), "items": len(shelf.birth_I)},

@@ -36,6 +36,10 @@ class TabularLog:
     """Impression list: all rows of one (key, group) count as one moment."""
     item: tuple[str, ...] = ()
     """Columns that describe the candidate; default: every categorical column but the key."""
+    entity: tuple[str, ...] | None = None
+    """Columns that describe the key alone; default: the key's own, if it is a feature."""
+    keys: tuple[str, ...] | None = None
+    """Columns besides the key that histories may be grouped by; default: `item`."""
     categorical: tuple[str, ...] = ()
     numeric: tuple[str, ...] = ()
     sequence: tuple[str, ...] = ()
@@ -88,6 +92,8 @@ class TabularLog:
             frame=frame.select(list(dict.fromkeys([*roles, *names]))),
             columns=columns,
             item=item,
+            entity=self._entity,
+            keys=self.keys,
             behaviour=self.behaviour or item,
             behaviour_length=self.behaviour_length,
             duplicates=duplicates,
@@ -97,6 +103,11 @@ class TabularLog:
     @property
     def _item(self) -> tuple[str, ...]:
         return self.item or tuple(n for n in self.categorical if n != self.key)
+
+    @property
+    def _entity(self) -> tuple[str, ...]:
+        own = (self.key,) if self.key in self.categorical else ()
+        return own if self.entity is None else self.entity
 
     def _columns(self, roles: Mapping[str, str]) -> tuple[Column, ...]:
         self._check_names(roles)
@@ -131,10 +142,12 @@ class TabularLog:
                 )
         for option, allowed in (
             ("item", self.categorical),
+            ("entity", self.categorical),
+            ("keys", self.categorical),
             ("behaviour", self.categorical),
             ("fm_only", features),
         ):
-            for name in getattr(self, option):
+            for name in getattr(self, option) or ():
                 if name not in allowed:
                     kinds = "features" if allowed is features else "categorical columns"
                     raise UserError(

@@ -56,9 +56,9 @@ def export(
             f"{fm_config.compressor.width} numbers; lower the prefix"
         )
     cutoff_ms = stages.verify(fm)["facts"]["cutoff_ms"]
-    inputs = open_inputs(data, reader="fm", behaviours=fm_config.behaviours)
+    inputs = open_inputs(data, reader="fm", behaviours=fm_config.backbone.reads_behaviours)
     model = checkpoint.load_model(builder(inputs.schema, fm_config), fm, mesh)
-    rows = inputs.rows("vm", "test")
+    rows = inputs.rows("vm", "validation", "test")
     writers = {
         "codes": np.lib.format.open_memmap(
             directory / "codes.npy",

@@ -1,4 +1,4 @@
-"""Training a vertical model on the VM window and judging it on the test window."""
+"""Training a vertical model on the VM window and judging it on the holdout."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from loopfm_jax import checkpoint, infer, loop, sharding
 from loopfm_jax.data.batches import Batch
+from loopfm_jax.data.raw import Holdout, vm_windows
 from loopfm_jax.errors import UserError
 from loopfm_jax.history.packing import budget
 from loopfm_jax.history.store import Store, open_store, swapped
@@ -63,12 +64,12 @@ def open_examples(
     histories: Histories = "own",
 ) -> Examples:
     """Joins the prepared log with the histories of stage folder `history` (and its facts)."""
-    inputs = open_inputs(data, reader="vm", behaviours=config.behaviours)
+    inputs = open_inputs(data, reader="vm", behaviours=config.backbone.reads_behaviours)
     _check_cutoff(facts["cutoff_ms"], int(inputs.log["time"][inputs.splits["vm"].start]))
     store = open_store(history, dict(facts))
     end, length = store.end, store.length
     if histories == "swapped":
-        end, length = swapped(store, inputs.log["key"][inputs.rows("vm", "test")])
+        end, length = swapped(store, inputs.log["key"][inputs.rows("vm", "validation", "test")])
     return Examples(inputs, store, end, length, facts["longest"], method)
 
 
@@ -99,12 +100,13 @@ def train_vm(
     *,
     mesh: Mesh,
     seed: int,
+    holdout: Holdout,
     directory: Path,
     title: str,
 ) -> dict[str, Any]:
-    """One VM: trains on the VM window, predicts the test window.
+    """One VM: trains on the windows before `holdout`, predicts that.
 
-    Writes the model and prediction.npy [test rows] into `directory`.
+    Writes the model and prediction.npy [rows of the holdout] into `directory`.
     """
     method = examples.method
 
@@ -114,7 +116,7 @@ def train_vm(
     history = on_device(examples.store, facts, mesh) if method.history else None
     trained = loop.train(
         loop.Trainable(build, partial(loss, config=config.distil)),
-        examples.inputs.rows("vm"),
+        examples.inputs.rows(*vm_windows(holdout)),
         examples.batch,
         config=config.train,
         mesh=mesh,
@@ -123,22 +125,23 @@ def train_vm(
         constants=history,
         title=title,
     )
+    judged = examples.inputs.rows(holdout)
     prediction = np.lib.format.open_memmap(
         directory / "prediction.npy",
         mode="w+",
         dtype=np.float32,
-        shape=(len(examples.inputs.rows("test")),),
+        shape=(len(judged),),
     )
     infer.run(
         trained.model,
         _predict,
-        examples.inputs.rows("test"),
+        judged,
         examples.batch,
         {"prediction": prediction},
         batch=4096,
         mesh=mesh,
         constants=history,
-        title=f"{title} test",
+        title=f"{title} {holdout}",
     )
     prediction.flush()
     checkpoint.save_model(trained.model, directory)
