@@ -7,7 +7,7 @@ over 1-6 May, test 7-8 May; label `is_click`.
 
 The result card is in configs/README.md.
 
-Everything below was chosen on 6 May (`--data.windows.holdout validation`: VMs on 1-5 May), never on
+Everything below was chosen on 6 May (`--holdout validation`: VMs on 1-5 May), never on
 the test window:
 - The FM is a DeepFM. DMIN as FM diverges at the public learning rate, stays below at a lower one,
   and transfers half as much. (A guess why: over a week of log behaviours grow from nothing, so what
@@ -22,7 +22,7 @@ The figures of these trials are in configs/README.md too.
 
 from pathlib import Path
 
-from loopfm_jax.backbones import DeepFMConfig, DMINConfig
+from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.config import Config
 from loopfm_jax.data.batches import OrderConfig
 from loopfm_jax.data.kuairand import KuaiRandPure
@@ -39,23 +39,18 @@ WINDOWS = Windows(
     vm_end="2022-05-07T00:00+08:00",
     test_end="2022-05-09T00:00+08:00",
 )
+TABLES = TableConfig(width=16)
 
 
 def get_config() -> Config:
     return Config(
         data=KuaiRandPure(windows=WINDOWS, behaviour_length=20),
         fm=FMConfig(
-            backbone="deepfm",
-            deepfm=DeepFMConfig(hidden=(512, 256, 128), dropout=0.2),
-            dmin=DMINConfig(hidden=(256, 128), attention_hidden=(64,), heads=2),
-            behaviours=False,
-            tables=TableConfig(width=16),
+            backbone=BackboneConfig("deepfm", hidden=(512, 256, 128), dropout=0.2, tables=TABLES),
             train=TrainConfig(order=OrderConfig(order="shuffled", epochs=2, batch=256)),
         ),
         vm=VMConfig(
-            backbone="deepfm",
-            deepfm=DeepFMConfig(hidden=(128, 64)),
-            tables=TableConfig(width=16),
+            backbone=BackboneConfig("deepfm", hidden=(128, 64), tables=TABLES),
             encoder=EncoderConfig(name="dmin", width=32, heads=2),
             distil=DistilConfig(alpha=1.0, beta=1.0, gamma=1.0),
             train=TrainConfig(order=OrderConfig(order="time", batch=512)),

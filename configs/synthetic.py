@@ -8,7 +8,7 @@ through histories of the FM's embeddings. The result card is in configs/README.m
 
 from pathlib import Path
 
-from loopfm_jax.backbones import DeepFMConfig, DMINConfig
+from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.config import Config
 from loopfm_jax.data.batches import OrderConfig
 from loopfm_jax.data.synthetic import Synthetic
@@ -26,18 +26,12 @@ def get_config() -> Config:
     return Config(
         data=Synthetic(rows=150_000),
         fm=FMConfig(
-            backbone="deepfm",
-            deepfm=DeepFMConfig(hidden=(128, 64)),
-            dmin=DMINConfig(hidden=(128, 64), attention_hidden=(32,)),
-            behaviours=False,
-            tables=TABLES,
+            backbone=BackboneConfig("deepfm", hidden=(128, 64), tables=TABLES),
             train=TrainConfig(order=OrderConfig(order="shuffled", epochs=3, batch=256)),
         ),
         history=HistoryConfig(length=20),
         vm=VMConfig(
-            backbone="deepfm",
-            deepfm=DeepFMConfig(hidden=(64, 32)),
-            tables=TABLES,
+            backbone=BackboneConfig("deepfm", hidden=(64, 32), tables=TABLES),
             encoder=EncoderConfig(name="dmin", width=32, heads=2, score_hidden=(32,)),
             train=TrainConfig(order=OrderConfig(order="time", batch=256)),
         ),

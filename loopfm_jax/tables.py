@@ -6,6 +6,7 @@ its value, as in the public reference (PAPER section 5), but starts as small as 
 the public scale (xavier-normal) a few count columns drown the rest of a log of 100k rows.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -85,7 +86,7 @@ class Embedder(nnx.Module):
         config: TableConfig,
         *,
         rngs: nnx.Rngs,
-        frozen: dict[str, jax.Array] | None = None,
+        frozen: Mapping[str, jax.Array] | None = None,
     ):
         self.schema = schema
         self.table = Table(schema, config, rngs=rngs)

@@ -12,7 +12,7 @@ from loopfm_jax import cli, stages
 CONFIG = """
 from pathlib import Path
 
-from loopfm_jax.backbones import DeepFMConfig
+from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.config import Config
 from loopfm_jax.data.batches import OrderConfig
 from loopfm_jax.data.kuairand import KuaiRandPure
@@ -26,21 +26,18 @@ from loopfm_jax.tables import TableConfig
 from loopfm_jax.vm.student import VMConfig
 
 TRAIN = TrainConfig(order=OrderConfig(batch=64))
-DEEPFM = DeepFMConfig(hidden=(8,))
+DEEPFM = BackboneConfig(hidden=(8,), tables=TableConfig(width=4))
 
 
 def get_config() -> Config:
     return Config(
         data={data},
         fm=FMConfig(
-            backbone="deepfm",
-            deepfm=DEEPFM,
-            behaviours=False,
-            tables=TableConfig(width=4),
+            backbone=DEEPFM,
             compressor=CompressorConfig(width=4, prefixes=(), hidden=8),
             train=TRAIN,
         ),
-        vm=VMConfig(deepfm=DEEPFM, tables=TableConfig(width=4), train=TRAIN),
+        vm=VMConfig(backbone=DEEPFM, train=TRAIN),
         history=HistoryConfig(length=5),
         methods=("base",),
     )

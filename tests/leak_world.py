@@ -17,7 +17,7 @@ from flax import nnx
 from noise import noisy, parts
 
 from loopfm_jax import flow, inputs, stages
-from loopfm_jax.backbones import DeepFMConfig
+from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.config import Config
 from loopfm_jax.data.log import Log, load
 from loopfm_jax.data.prepare import prepare
@@ -39,9 +39,9 @@ SLICES = HistoryConfig(
 CODE_WIDTH, SLOTS = 5, 384
 """Slots are the same for every batch, so that one program serves."""
 VM = VMConfig(
-    deepfm=DeepFMConfig(hidden=(6, 5)),
-    behaviours=True,
-    tables=TableConfig(width=3, row_multiple=1),
+    backbone=BackboneConfig(
+        hidden=(6, 5), behaviours=True, tables=TableConfig(width=3, row_multiple=1)
+    ),
     encoder=EncoderConfig(width=4, heads=2, score_hidden=(4,)),
 )
 METHOD = METHODS["kd+loopfm+outcome"]

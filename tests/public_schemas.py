@@ -1,23 +1,26 @@
 """The three public data sets of PAPER section 5: schemas, configurations, parameter counts."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from loopfm_jax.backbones import BackboneConfig, DeepFMConfig, DMINConfig
+from loopfm_jax.backbones import BackboneConfig
+from loopfm_jax.backbones.config import BackboneName
 from loopfm_jax.data.schema import Behaviour, Field, Numeric, Schema
 from loopfm_jax.tables import TableConfig
 
 
 @dataclass(frozen=True)
 class Public:
-    """A data set, its embedding width, and per model the configuration and parameter count."""
+    """A data set, its embedding width, and per model its other settings and parameter count."""
 
     schema: Schema
     width: int
-    models: dict[str, tuple[BackboneConfig, int]]
+    models: dict[BackboneName, tuple[dict[str, Any], int]]
 
-    @property
-    def table(self) -> TableConfig:
-        return TableConfig(width=self.width, row_multiple=1)
+    def config(self, name: BackboneName) -> BackboneConfig:
+        """The public configuration of a model."""
+        tables = TableConfig(width=self.width, row_multiple=1)
+        return BackboneConfig(name, tables=tables, **self.models[name][0])
 
 
 def fields(**rows: int) -> tuple[Field, ...]:
@@ -95,17 +98,17 @@ PUBLIC = {
     "TaobaoAd_x1": Public(
         TAOBAO,
         width=32,
-        models={"dmin": (DMINConfig(), 42_347_786), "deepfm": (DeepFMConfig(), 43_550_260)},
+        models={"dmin": ({}, 42_347_786), "deepfm": ({}, 43_550_260)},
     ),
     "KuaiVideo_x1": Public(
         KUAIVIDEO,
         width=64,
         models={
             "dmin": (
-                DMINConfig(hidden=DEEP, activation="dice", dropout=0.1, heads=2, position_width=0),
+                dict(hidden=DEEP, activation="dice", dropout=0.1, heads=2, position_width=0),
                 44_479_237,
             ),
-            "deepfm": (DeepFMConfig(hidden=DEEP), 53_876_733),
+            "deepfm": (dict(hidden=DEEP), 53_876_733),
         },
     ),
     "AmazonElectronics_x1": Public(
@@ -113,7 +116,7 @@ PUBLIC = {
         width=64,
         models={
             "dmin": (
-                DMINConfig(
+                dict(
                     hidden=DEEP,
                     dropout=0.1,
                     norm="input",
@@ -125,7 +128,7 @@ PUBLIC = {
                 ),
                 8_107_401,
             ),
-            "deepfm": (DeepFMConfig(hidden=DEEP, dropout=0.1, norm="hidden"), 5_134_334),
+            "deepfm": (dict(hidden=DEEP, dropout=0.1, norm="hidden"), 5_134_334),
         },
     ),
 }

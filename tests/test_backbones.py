@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import cache
 from math import prod
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ import tyro
 from flax import nnx
 from public_schemas import PUBLIC, history
 
-from loopfm_jax.backbones import BACKBONES, DeepFMConfig, DMINConfig, build
+from loopfm_jax.backbones import BACKBONES, BackboneConfig, build
+from loopfm_jax.backbones.config import SEQUENCE_BACKBONES, BackboneName
 from loopfm_jax.backbones.deepfm import FirstOrder, pairwise
 from loopfm_jax.backbones.dmin import Interests, TargetAttention
 from loopfm_jax.backbones.layers import (
@@ -52,23 +54,24 @@ TABLE = TableConfig(width=E, init_std=0.5, row_multiple=1)
 LENGTHS = {"tags": [1, 0, 2, 3], "items": [2, 0, 4, 3], "cates": [2, 0, 4, 3]}
 LENGTHS["visuals"] = LENGTHS["items"]
 
+SMALL: dict[str, Any] = dict(hidden=(8, 6), attention_hidden=(6, 5), tables=TABLE)
 CASES = {
-    "deepfm": DeepFMConfig(hidden=(8, 6), dropout=0.2),
-    "deepfm_norm": DeepFMConfig(hidden=(8, 6), activation="dice", norm="hidden"),
-    "dmin": DMINConfig(hidden=(8, 6), attention_hidden=(6, 5)),
-    "dmin_full": DMINConfig(
-        hidden=(8, 6),
+    "deepfm": BackboneConfig("deepfm", **SMALL, dropout=0.2),
+    "deepfm_norm": BackboneConfig("deepfm", **SMALL, activation="dice", norm="hidden"),
+    "dmin": BackboneConfig("dmin", **SMALL),
+    "dmin_full": BackboneConfig(
+        "dmin",
+        **SMALL,
         norm="input",
         heads=2,
         refiner=True,
-        attention_hidden=(6, 5),
         attention_activation="dice",
         dropout=0.1,
     ),
 }
 ONE_BEHAVIOUR = replace(SCHEMA, behaviours=SCHEMA.behaviours[:1])
 SCHEMAS = {case: ONE_BEHAVIOUR if case == "dmin_full" else SCHEMA for case in CASES}
-assert {type(c) for c in CASES.values()} == {kind for _, kind in BACKBONES.values()}
+assert {c.name for c in CASES.values()} == set(BACKBONES) == set(get_args(BackboneName))
 every_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -114,9 +117,7 @@ class Model:
 
     def __init__(self, case: str, dtype=jnp.float32):
         self.graphdef, self.params, self.rest = make(
-            lambda rngs: build(
-                CASES[case], SCHEMAS[case], TABLE, rngs=rngs, extra_fields=K, dtype=dtype
-            )
+            lambda rngs: build(CASES[case], SCHEMAS[case], rngs=rngs, extra_fields=K, dtype=dtype)
         )
         extra_BKE = np.random.default_rng(1).normal(size=(B, K, E))
         self.extra_BKE = jnp.asarray(extra_BKE, jnp.float32)
@@ -162,8 +163,8 @@ def all_finite(tree) -> bool:
 @pytest.mark.parametrize("data", PUBLIC)
 def test_parameter_count_is_the_public_one(data, name):
     public = PUBLIC[data]
-    config, expected = public.models[name]
-    abstract = nnx.eval_shape(lambda: build(config, public.schema, public.table, rngs=nnx.Rngs(0)))
+    config, expected = public.config(name), public.models[name][1]
+    abstract = nnx.eval_shape(lambda: build(config, public.schema, rngs=nnx.Rngs(0)))
     leaves = jax.tree.leaves(nnx.state(abstract, nnx.Param))
     assert sum(prod(x.shape) for x in leaves) == expected
 
@@ -179,7 +180,7 @@ def test_output_is_finite_and_its_taps_are_named(case):
     assert list(output.taps) == ["embedding", "hidden_0", "hidden_1"]
     assert [output.taps[f"hidden_{i}"].shape for i in (0, 1)] == [(B, 8), (B, 6)]
     assert output.taps["embedding"].shape[0] == B and output.taps["embedding"].ndim == 2
-    assert output.trunk_BW is output.taps["hidden_1"]
+    assert output.trunk_BW.shape == (B, m.merged().trunk_width)
     assert all_finite(output)
 
 
@@ -267,7 +268,7 @@ def test_training_uses_its_key_and_updates_only_statistics(case):
     m, features, config = model(case), make_features(), CASES[case]
     _, rest, a = m.train(m.params, features, make_key(0))
     _, _, b = m.train(m.params, features, make_key(1))
-    drops = config.dropout > 0 or isinstance(config, DMINConfig)
+    drops = config.dropout > 0 or config.name in SEQUENCE_BACKBONES
     assert (np.asarray(a) != np.asarray(b)).any() == drops
     before, after = flat(m.rest), flat(rest)
     changed = {n for n in before if (before[n] != after[n]).any()}
@@ -294,10 +295,13 @@ def test_what_nobody_reads_costs_nothing(case):
     assert flops(lambda o: o.taps["hidden_0"]) < flops(lambda o: o.logits_B)
 
 
-@pytest.mark.parametrize("kind", [kind for _, kind in BACKBONES.values()])
-def test_config_reads_from_a_command_line(kind):
-    args = ["--hidden", "64", "32", "--activation", "dice", "--norm", "input"]
-    assert tyro.cli(kind, args=args) == kind(hidden=(64, 32), activation="dice", norm="input")
+@pytest.mark.parametrize("name", BACKBONES)
+def test_config_reads_from_a_command_line(name):
+    args = ["--name", name, "--hidden", "64", "32", "--activation", "dice", "--tables.width", "8"]
+    want = BackboneConfig(name, (64, 32), activation="dice", tables=TableConfig(width=8))
+    assert tyro.cli(BackboneConfig, args=args) == want
+    assert want.reads_behaviours == (name in SEQUENCE_BACKBONES)
+    assert replace(want, behaviours=True).reads_behaviours
 
 
 # ---------------------------------------------------------------- a user's mistakes
@@ -306,24 +310,24 @@ def test_config_reads_from_a_command_line(kind):
 @pytest.mark.parametrize(
     ("config", "schema", "message"),
     [
-        (DMINConfig(), SCHEMA.without_behaviours(), "`behaviours`"),
-        (DMINConfig(heads=3), SCHEMA, "heads=3"),
+        (CASES["dmin"], SCHEMA.without_behaviours(), "`behaviours`"),
+        (replace(CASES["dmin"], heads=3), SCHEMA, "heads=3"),
         (
-            DMINConfig(),
+            CASES["dmin"],
             replace(SCHEMA, behaviours=(Behaviour(("item",), ("items", "cates")),)),
             "as many",
         ),
         (
-            DMINConfig(),
+            CASES["dmin"],
             replace(SCHEMA, behaviours=(Behaviour(("item", "user"), ("items", "tags")),)),
             "one length",
         ),
-        (DeepFMConfig(hidden=()), SCHEMA, "hidden"),
+        (BackboneConfig(hidden=()), SCHEMA, "hidden"),
     ],
 )
 def test_what_cannot_be_built_says_what_to_change(config, schema, message):
     with pytest.raises(UserError, match=message):
-        nnx.eval_shape(lambda: build(config, schema, TABLE, rngs=nnx.Rngs(0)))
+        nnx.eval_shape(lambda: build(config, schema, rngs=nnx.Rngs(0)))
 
 
 # ---------------------------------------------------------------- layers
@@ -425,7 +429,7 @@ def test_first_order_sums_a_weight_per_field_and_id():
 
 
 def test_first_score_layer_equals_its_concatenated_form():
-    config, width = DMINConfig(attention_hidden=(6,), position_width=3), 4
+    config, width = BackboneConfig("dmin", attention_hidden=(6,), position_width=3), 4
     attention = make_module(
         lambda rngs: TargetAttention(config, width, L, rngs=rngs, dtype=jnp.float32)
     )
@@ -446,7 +450,7 @@ def test_first_score_layer_equals_its_concatenated_form():
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-def numpy_interests(module: Interests, q, events, mask, config: DMINConfig) -> np.ndarray:
+def numpy_interests(module: Interests, q, events, mask, config: BackboneConfig) -> np.ndarray:
     """Equations of PAPER section 5 for one example, event by event: q [M], events [L,M]."""
 
     def linear(layer, x):
@@ -494,7 +498,7 @@ def numpy_interests(module: Interests, q, events, mask, config: DMINConfig) -> n
 
 @pytest.mark.parametrize("refiner", [False, True])
 def test_interests_equal_the_oracle(refiner):
-    config = DMINConfig(heads=2, refiner=refiner, attention_hidden=(6, 5))
+    config = replace(CASES["dmin"], heads=2, refiner=refiner)
     module = make_module(lambda rngs: Interests(config, 4, L, rngs=rngs, dtype=jnp.float32))
     rng = np.random.default_rng(0)
     mask = np.arange(L) < np.array([3, 0, 5, 1])[:, None]

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from noise import named, noisy, parts
 
-from loopfm_jax.backbones import DeepFMConfig
+from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.data.schema import Field, Schema
 from loopfm_jax.errors import UserError
 from loopfm_jax.fm import teacher
@@ -179,9 +179,7 @@ def test_inference_changes_no_statistics_and_looks_at_one_row_at_a_time():
 
 
 FM = FMConfig(
-    backbone="deepfm",
-    deepfm=DeepFMConfig(hidden=(D, 5)),
-    tables=TableConfig(width=3, row_multiple=1),
+    backbone=BackboneConfig(hidden=(D, 5), tables=TableConfig(width=3, row_multiple=1)),
     compressor=CompressorConfig(width=Z, prefixes=(2, 4), hidden=16, weight=3.0),
 )
 

@@ -19,10 +19,10 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_loads_and_takes_options(path: Path) -> None:
-    options = "--seeds 3 --fm.tap all --vm.backbone deepfm --history.side outcome age"
+    options = "--seeds 3 --fm.tap all --vm.backbone.name dmin --history.side outcome age"
     config = cli.parse(path, options.split())
     assert config.history.side == ("outcome", "age")
-    assert (config.seeds, config.fm.tap, config.vm.backbone) == (3, "all", "deepfm")
+    assert (config.seeds, config.fm.tap, config.vm.backbone.name) == (3, "all", "dmin")
     assert as_json(config)["seeds"] == 3
     assert path.read_text().startswith('"""'), "a docstring with command, hardware, result, date"
 
@@ -40,10 +40,11 @@ def test_help_is_complete(path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_the_teacher_takes_a_step(path: Path, prepared: Path) -> None:
     config: Config = load(path)
-    inputs = open_inputs(prepared, reader="fm", behaviours=config.fm.behaviours)
+    inputs = open_inputs(prepared, reader="fm", behaviours=config.fm.backbone.reads_behaviours)
     rows = inputs.rows("fm")[:8]
     batch = inputs.batch(rows) | {"weight_B": inputs.log["label"][rows].astype("float32") * 0 + 1}
-    small = replace(config.fm, tables=replace(config.fm.tables, width=8))
+    backbone = replace(config.fm.backbone, tables=replace(config.fm.backbone.tables, width=8))
+    small = replace(config.fm, backbone=backbone)
 
     @jax.jit
     def step(batch: dict[str, jax.Array]) -> jax.Array:

@@ -11,7 +11,7 @@ from loopfm_jax import cli, stages
 
 CONFIG = """
 from pathlib import Path
-from loopfm_jax.backbones import DeepFMConfig, DMINConfig
+from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.config import Config
 from loopfm_jax.data.batches import OrderConfig
 from loopfm_jax.data.synthetic import Synthetic
@@ -23,19 +23,19 @@ from loopfm_jax.tables import TableConfig
 from loopfm_jax.vm.encoders import EncoderConfig
 from loopfm_jax.vm.student import VMConfig
 
+BACKBONE = BackboneConfig(hidden=(32, 16), tables=TableConfig(width=8, init_std=0.01))
+
 def get_config():
     return Config(
         data=Synthetic(rows=80000, topics=4, items_per_topic=10, gap=0.95),
         fm=FMConfig(
-            backbone="deepfm", deepfm=DeepFMConfig(hidden=(32, 16)), behaviours=False,
-            dmin=DMINConfig(hidden=(16,), attention_hidden=(8,)),
-            tables=TableConfig(width=8, init_std=0.01),
+            backbone=BACKBONE,
             train=TrainConfig(order=OrderConfig(order="shuffled", epochs=2, batch=256),
                               optim=OptimConfig(learning_rate=3e-3)),
         ),
         history=HistoryConfig(length=10),
         vm=VMConfig(
-            deepfm=DeepFMConfig(hidden=(32, 16)), tables=TableConfig(width=8, init_std=0.01),
+            backbone=BACKBONE,
             encoder=EncoderConfig(name="mean", width=16),
             train=TrainConfig(order=OrderConfig(batch=256), optim=OptimConfig(learning_rate=3e-3)),
         ),

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from loopfm_jax import checkpoint, loop
-from loopfm_jax.backbones import DeepFM, DeepFMConfig
+from loopfm_jax.backbones import BackboneConfig, build
 from loopfm_jax.data.batches import Batch, OrderConfig
 from loopfm_jax.data.schema import Field, Schema
 from loopfm_jax.errors import UserError
@@ -142,12 +142,13 @@ def test_rules_shard_tables_over_all_devices_and_kernels_over_model() -> None:
 def test_a_model_without_numeric_columns_is_saved_and_loaded(tmp_path: Path) -> None:
     schema = Schema((Field("user", 5), Field("item", 7)), item=("item",))
 
-    def build(rngs: nnx.Rngs) -> nnx.Module:
-        return DeepFM(DeepFMConfig(hidden=(4,)), schema, TableConfig(width=2), rngs=rngs)
+    def create(rngs: nnx.Rngs) -> nnx.Module:
+        config = BackboneConfig(hidden=(4,), tables=TableConfig(width=2))
+        return build(config, schema, rngs=rngs)
 
-    model = build(nnx.Rngs(0))
+    model = create(nnx.Rngs(0))
     checkpoint.save_model(model, tmp_path)
-    loaded = checkpoint.load_model(build, tmp_path, make_mesh(MeshConfig(4, 2)))
+    loaded = checkpoint.load_model(create, tmp_path, make_mesh(MeshConfig(4, 2)))
     for a, b in zip(
         jax.tree.leaves(nnx.state(model)), jax.tree.leaves(nnx.state(loaded)), strict=True
     ):

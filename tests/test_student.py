@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from noise import noisy, parts
 
-from loopfm_jax.backbones import DeepFMConfig, build
+from loopfm_jax.backbones import BackboneConfig, build
 from loopfm_jax.data.schema import Field, Numeric, Schema
 from loopfm_jax.errors import UserError
 from loopfm_jax.history import codes, packing
@@ -30,8 +30,7 @@ SCHEMA = Schema(
     item=("item", "cate"),
 )
 VM = VMConfig(
-    deepfm=DeepFMConfig(hidden=(7, 6)),
-    tables=TableConfig(width=3, row_multiple=1),
+    backbone=BackboneConfig(hidden=(7, 6), tables=TableConfig(width=3, row_multiple=1)),
     encoder=EncoderConfig(name="mean", width=4),
 )
 PLAIN = DistilConfig()
@@ -131,14 +130,14 @@ def test_a_side_setting_adds_to_every_method_that_reads_histories():
 @every_method
 def test_parameters_are_the_backbones_and_those_of_the_open_channels(name):
     def backbone(extra: int):
-        create = partial(build, VM.deepfm, SCHEMA, VM.tables, extra_fields=extra)
+        create = partial(build, VM.backbone, SCHEMA, extra_fields=extra)
         return noisy(lambda rngs: create(rngs=rngs))
 
     method, model = METHODS[name], make(name)
     expected = count(backbone(VM.summary_fields if method.history else 0))
     expected += (6 + 1) if method.kd else 0
     if method.history:
-        summary = VM.summary_fields * VM.tables.width
+        summary = VM.summary_fields * VM.backbone.tables.width
         expected += (Z + len(method.side)) * 4 + (4 + 1) * summary
     assert count(model) == expected
     if name == "base":
@@ -272,7 +271,7 @@ def test_entries_tell_code_outcome_and_age(code, side):
 
 def test_a_fresh_student_starts_from_the_base_model():
     """The summary joins as fields about as small as the table's rows, whatever the codes."""
-    config = replace(VM, tables=TableConfig(width=3, init_std=1e-4, row_multiple=1))
+    config = replace(VM, backbone=replace(VM.backbone, tables=TableConfig(width=3, init_std=1e-4)))
 
     @jax.jit
     def start(key):

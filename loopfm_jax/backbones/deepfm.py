@@ -5,35 +5,18 @@ first-order part keeps a weight per field *and* id: a history field shares its t
 rows but not its weights, and a field over a pretrained table gets trainable weights of its own.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 
-from loopfm_jax.backbones.layers import Activation, Mlp, Norm, check_dnn, stack_fields
-from loopfm_jax.backbones.output import Output, name_taps
+from loopfm_jax.backbones.config import Spec
+from loopfm_jax.backbones.layers import stack_fields
+from loopfm_jax.backbones.output import Backbone, Output, name_taps
 from loopfm_jax.data.schema import Schema
-from loopfm_jax.tables import Embedded, Embedder, Features, Table, TableConfig
-
-
-@dataclass(frozen=True)
-class DeepFMConfig:
-    """Dense part of DeepFM; the default is the public one for TaobaoAd."""
-
-    hidden: tuple[int, ...] = (512, 256, 128)
-    """Widths of the DNN's hidden layers."""
-    activation: Activation = "relu"
-    """Activation of the DNN."""
-    dropout: float = 0.0
-    """Dropout rate of the DNN."""
-    norm: Norm = "none"
-    """Where the DNN has batch norm: nowhere, at its input, or in every hidden layer."""
-
-    def __post_init__(self) -> None:
-        check_dnn("deepfm", hidden=self.hidden, rates={"dropout": self.dropout})
+from loopfm_jax.tables import Embedded, Features, Table, TableConfig
 
 
 class FirstOrder(nnx.Module):
@@ -68,46 +51,15 @@ def pairwise(fields_BFE: jax.Array) -> jax.Array:
     return 0.5 * (fields_BFE.sum(1) ** 2 - (fields_BFE**2).sum(1)).sum(1)
 
 
-class DeepFM(nnx.Module):
-    """See the module; follows `output.Backbone`.
+class DeepFM(Backbone):
+    """See the module."""
 
-    Args:
-      config: dense part.
-      schema: fields to read.
-      table_config: embedding tables.
-      extra_fields: K, how many fields `extra_BKE` will bring.
-      dtype: arithmetic of the DNN.
-      frozen: pretrained tables by field name.
-    """
-
-    def __init__(
-        self,
-        config: DeepFMConfig,
-        schema: Schema,
-        table_config: TableConfig,
-        *,
-        rngs: nnx.Rngs,
-        extra_fields: int = 0,
-        dtype: DTypeLike = jnp.float32,
-        frozen: dict[str, jax.Array] | None = None,
-    ):
-        self.extra_fields = extra_fields
-        self.sequences = tuple(f.name for f in schema.sequences)
-        self.embedder = Embedder(schema, table_config, rngs=rngs, frozen=frozen)
-        self.first_order = FirstOrder(schema, table_config, rngs=rngs)
-        self.dnn = Mlp(
-            (len(schema.fields) + len(schema.numeric) + extra_fields) * table_config.width,
-            config.hidden,
-            out=1,
-            activation=config.activation,
-            dropout=config.dropout,
-            norm=config.norm,
-            dtype=dtype,
-            rngs=rngs,
-        )
-
-    def embed(self, features: Features) -> Embedded:
-        return self.embedder(features)
+    def __init__(self, spec: Spec, *, rngs: nnx.Rngs):
+        self.extra_fields, self.pooled = spec.extra_fields, spec.pooled
+        self.embedder = spec.embedder(rngs)
+        self.first_order = FirstOrder(spec.schema, spec.config.tables, rngs=rngs)
+        self.dnn = spec.dnn(spec.flat_width, rngs)
+        self.trunk_width = spec.config.hidden[-1]
 
     def __call__(
         self,
@@ -117,9 +69,9 @@ class DeepFM(nnx.Module):
         key: jax.Array | None = None,
     ) -> Output:
         fields_BFE = stack_fields(
-            embedded, pooled=self.sequences, extra_BKE=extra_BKE, extra_fields=self.extra_fields
+            embedded, pooled=self.pooled, extra_BKE=extra_BKE, extra_fields=self.extra_fields
         )
         flat_BX = fields_BFE.reshape(fields_BFE.shape[0], -1)
         *hidden, deep_B1 = self.dnn(flat_BX, key=key)
         shallow_B = self.first_order(embedded.features) + pairwise(fields_BFE)
-        return Output(logits_B=shallow_B + deep_B1[:, 0], taps=name_taps(flat_BX, hidden))
+        return Output(shallow_B + deep_B1[:, 0], name_taps(flat_BX, hidden), hidden[-1])

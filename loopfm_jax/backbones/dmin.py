@@ -16,21 +16,17 @@ t(Wa+Wc) + [H, t*H][Wb-Wc, Wd], half of the products; t is a sum of a part per e
 per position, so its share is negligible.
 """
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from loopfm_jax.backbones.config import BackboneConfig, Spec
 from loopfm_jax.backbones.layers import (
-    Activation,
     FeedForward,
     Key,
     Mlp,
-    Norm,
     causal_mask,
-    check_dnn,
     dense,
     dropout,
     masked_softmax,
@@ -39,48 +35,15 @@ from loopfm_jax.backbones.layers import (
     stack_fields,
     weights,
 )
-from loopfm_jax.backbones.output import Output, name_taps
-from loopfm_jax.data.schema import Schema
-from loopfm_jax.errors import UserError, check_limits
-from loopfm_jax.tables import Embedded, Embedder, Features, TableConfig
-
-
-@dataclass(frozen=True)
-class DMINConfig:
-    """Dense part of DMIN; the default is the public one for TaobaoAd."""
-
-    hidden: tuple[int, ...] = (512, 256, 128)
-    """Widths of the DNN's hidden layers."""
-    activation: Activation = "relu"
-    """Activation of the DNN."""
-    dropout: float = 0.0
-    """Dropout rate of the DNN and of the attention outputs."""
-    norm: Norm = "none"
-    """Where the DNN has batch norm: nowhere, at its input, or in every hidden layer."""
-    heads: int = 1
-    """H: interests per behaviour."""
-    refiner: bool = False
-    """Whether a self-attention block refines the behaviour sequence first."""
-    position_width: int = 4
-    """Width of the positional embedding in the attention query; 0 = none."""
-    attention_hidden: tuple[int, ...] = (512, 256)
-    """Widths of the score MLP's hidden layers."""
-    attention_activation: Activation = "relu"
-    """Activation of the score MLP."""
-    attention_dropout: float = 0.2
-    """Dropout rate of the attention weights and of the score MLP."""
-
-    def __post_init__(self) -> None:
-        rates = {"dropout": self.dropout, "attention_dropout": self.attention_dropout}
-        check_dnn("dmin", hidden=self.hidden + self.attention_hidden, rates=rates)
-        check_limits("dmin", {"heads": self.heads}, low=1)
-        check_limits("dmin", {"position_width": self.position_width}, low=0)
+from loopfm_jax.backbones.output import Backbone, Output, name_taps
+from loopfm_jax.errors import UserError
+from loopfm_jax.tables import Embedded
 
 
 class Refiner(nnx.Module):
     """Self-attention with a residual, then `FeedForward`: [B,L,M] -> [B,L,M]."""
 
-    def __init__(self, config: DMINConfig, width: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
+    def __init__(self, config: BackboneConfig, width: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.config = config
         self.qkv = dense(width, 3 * width, dtype=dtype, rngs=rngs)
         self.out = dense(width, width, dtype=dtype, rngs=rngs)
@@ -98,7 +61,7 @@ class TargetAttention(nnx.Module):
     """The candidate's attention over one head's events: [B,M], [B,L,M] -> [B,M]."""
 
     def __init__(
-        self, config: DMINConfig, width: int, length: int, *, rngs: nnx.Rngs, dtype: DTypeLike
+        self, config: BackboneConfig, width: int, length: int, *, rngs: nnx.Rngs, dtype: DTypeLike
     ):
         self.dtype = dtype
         self.positional = config.position_width > 0
@@ -149,7 +112,7 @@ class Head(nnx.Module):
     """One interest: the head's share of the attention back to width M, then the target's view."""
 
     def __init__(
-        self, config: DMINConfig, width: int, length: int, *, rngs: nnx.Rngs, dtype: DTypeLike
+        self, config: BackboneConfig, width: int, length: int, *, rngs: nnx.Rngs, dtype: DTypeLike
     ):
         self.rate = config.dropout
         self.out = dense(width // config.heads, width, bias=False, dtype=dtype, rngs=rngs)
@@ -175,7 +138,7 @@ class Interests(nnx.Module):
     """A behaviour's interests: target [B,M], events [B,L,M], mask [B,L] -> [B, H*M] float32."""
 
     def __init__(
-        self, config: DMINConfig, width: int, length: int, *, rngs: nnx.Rngs, dtype: DTypeLike
+        self, config: BackboneConfig, width: int, length: int, *, rngs: nnx.Rngs, dtype: DTypeLike
     ):
         self.config, self.dtype = config, dtype
         self.refiner = Refiner(config, width, dtype=dtype, rngs=rngs) if config.refiner else None
@@ -202,8 +165,9 @@ class Interests(nnx.Module):
         return jnp.concatenate(interests, axis=-1).astype(jnp.float32)
 
 
-def check(config: DMINConfig, schema: Schema, *, width: int) -> None:
+def check(spec: Spec) -> None:
     """Raises UserError where DMIN cannot be built."""
+    schema, heads, width = spec.schema, spec.config.heads, spec.config.tables.width
     if not schema.behaviours:
         raise UserError(
             "DMIN reads behaviour sequences, and the schema has none (behaviours=()). Name the "
@@ -216,67 +180,35 @@ def check(config: DMINConfig, schema: Schema, *, width: int) -> None:
                 f"Behaviour {pair.target} <- {pair.history}: DMIN needs as many target as history "
                 f"fields, all of one length (found {sorted(lengths)}). Change the data config."
             )
-        if len(pair.target) * width % config.heads:
+        if len(pair.target) * width % heads:
             raise UserError(
-                f"heads={config.heads} does not divide the behaviour width "
+                f"heads={heads} does not divide the behaviour width "
                 f"{len(pair.target) * width} (fields {pair.target}, width {width} each). "
                 "Change the backbone's `heads` or the tables' `width`."
             )
 
 
-class DMIN(nnx.Module):
-    """See the module; follows `output.Backbone`. Needs `schema.behaviours`.
-
-    Args:
-      config: dense part.
-      schema: fields to read; sequences outside every behaviour enter the DNN as masked means.
-      table_config: embedding tables.
-      extra_fields: K, how many fields `extra_BKE` will bring (they enter the DNN).
-      dtype: arithmetic of attention and DNN.
-      frozen: pretrained tables by field name.
+class DMIN(Backbone):
+    """See the module. Needs `schema.behaviours`; other sequences enter the DNN as masked means.
 
     Raises:
-      UserError: the schema has no behaviours, or their shapes do not fit `config`.
+      UserError: the schema has no behaviours, or their shapes do not fit the configuration.
     """
 
-    def __init__(
-        self,
-        config: DMINConfig,
-        schema: Schema,
-        table_config: TableConfig,
-        *,
-        rngs: nnx.Rngs,
-        extra_fields: int = 0,
-        dtype: DTypeLike = jnp.float32,
-        frozen: dict[str, jax.Array] | None = None,
-    ):
-        width = table_config.width
-        check(config, schema, width=width)
-        self.extra_fields = extra_fields
+    def __init__(self, spec: Spec, *, rngs: nnx.Rngs):
+        check(spec)
+        config, schema, dtype = spec.config, spec.schema, spec.dtype
+        self.extra_fields, self.pooled = spec.extra_fields, spec.pooled
         self.behaviours = schema.behaviours
-        past = {name for b in schema.behaviours for name in b.history}
-        self.pooled = tuple(f.name for f in schema.sequences if f.name not in past)
-        self.embedder = Embedder(schema, table_config, rngs=rngs, frozen=frozen)
-        widths = [width * len(b.target) for b in schema.behaviours]
+        self.embedder = spec.embedder(rngs)
+        widths = [config.tables.width * len(b.target) for b in schema.behaviours]
         lengths = [schema[b.history[0]].length for b in schema.behaviours]
         self.interests = nnx.List(
             Interests(config, w, length, dtype=dtype, rngs=rngs)
             for w, length in zip(widths, lengths, strict=True)
         )
-        fields = len(schema.categorical) + len(schema.numeric) + len(self.pooled) + extra_fields
-        self.dnn = Mlp(
-            config.heads * sum(widths) + fields * width,
-            config.hidden,
-            out=1,
-            activation=config.activation,
-            dropout=config.dropout,
-            norm=config.norm,
-            dtype=dtype,
-            rngs=rngs,
-        )
-
-    def embed(self, features: Features) -> Embedded:
-        return self.embedder(features)
+        self.dnn = spec.dnn(config.heads * sum(widths) + spec.flat_width, rngs)
+        self.trunk_width = config.hidden[-1]
 
     def __call__(
         self,
@@ -297,4 +229,4 @@ class DMIN(nnx.Module):
         parts.append(fields_BFE.reshape(fields_BFE.shape[0], -1))
         flat_BX = jnp.concatenate(parts, axis=-1)
         *hidden, logits_B1 = self.dnn(flat_BX, key=dnn_key)
-        return Output(logits_B=logits_B1[:, 0], taps=name_taps(flat_BX, hidden))
+        return Output(logits_B1[:, 0], name_taps(flat_BX, hidden), hidden[-1])

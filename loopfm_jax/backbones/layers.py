@@ -21,9 +21,11 @@ Norm = Literal["none", "input", "hidden"]
 Key = jax.Array | None
 
 
-def check_dnn(owner: str, *, hidden: Sequence[int], rates: Mapping[str, float]) -> None:
+def check_dnn(
+    owner: str, *, layers: Mapping[str, Sequence[int]], rates: Mapping[str, float]
+) -> None:
     """Raises UserError for a layer without units or a dropout rate that leaves nothing."""
-    widths = {f"hidden[{i}]": width for i, width in enumerate(hidden)}
+    widths = {f"{name}[{i}]": w for name, all_w in layers.items() for i, w in enumerate(all_w)}
     check_limits(owner, widths, low=1)
     check_limits(owner, rates, low=0, high=0.99)
 

@@ -1,11 +1,11 @@
 """What every backbone returns, and what it may take besides the embedded features."""
 
-from typing import Protocol
+from abc import abstractmethod
 
 import jax
-from flax import struct
+from flax import nnx, struct
 
-from loopfm_jax.tables import Embedded, Features
+from loopfm_jax.tables import Embedded, Embedder, Features
 
 
 @struct.dataclass
@@ -15,11 +15,8 @@ class Output:
     logits_B: jax.Array
     taps: dict[str, jax.Array]
     """`embedding` [B,X], then `hidden_0, hidden_1, ..` [B,W] after each activation of the DNN."""
-
-    @property
-    def trunk_BW(self) -> jax.Array:
-        """The last hidden layer: where auxiliary heads attach."""
-        return self.taps[f"hidden_{len(self.taps) - 2}"]
+    trunk_BW: jax.Array
+    """Where auxiliary heads attach: the last hidden layer."""
 
 
 def name_taps(embedding_BX: jax.Array, hidden: list[jax.Array]) -> dict[str, jax.Array]:
@@ -27,11 +24,20 @@ def name_taps(embedding_BX: jax.Array, hidden: list[jax.Array]) -> dict[str, jax
     return {"embedding": embedding_BX} | {f"hidden_{i}": h_BW for i, h_BW in enumerate(hidden)}
 
 
-class Backbone(Protocol):
-    """Features -> logits. `embed` is apart so that a caller may use the candidate's embeddings."""
+class Backbone(nnx.Module):
+    """Features -> logits; abstract. Made by `build`, or as `Model(spec, rngs=rngs)`.
 
-    def embed(self, features: Features) -> Embedded: ...
+    Embedding is apart so that a caller may use the candidate's embeddings.
+    """
 
+    embedder: Embedder
+    trunk_width: int
+    """Width of `Output.trunk_BW`."""
+
+    def embed(self, features: Features) -> Embedded:
+        return self.embedder(features)
+
+    @abstractmethod
     def __call__(
         self,
         embedded: Embedded,
@@ -44,4 +50,3 @@ class Backbone(Protocol):
         extra_BKE: K more fields of width E, joined before the interaction layers.
         key: randomness of dropout; None means inference (no dropout, running statistics).
         """
-        ...

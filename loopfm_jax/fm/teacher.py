@@ -7,25 +7,20 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 
-from loopfm_jax.backbones import BackboneName, DeepFMConfig, DMINConfig, build
+from loopfm_jax.backbones import BackboneConfig, build
 from loopfm_jax.data.batches import OrderConfig
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.errors import UserError
 from loopfm_jax.fm.compressor import Compressor, CompressorConfig
 from loopfm_jax.loop import TrainConfig
-from loopfm_jax.tables import Features, TableConfig
+from loopfm_jax.tables import Features
 
 
 @dataclass(frozen=True)
 class FMConfig:
     """The teacher: backbone, tap, compressor and training; defaults for a log of some weeks."""
 
-    backbone: BackboneName = "deepfm"
-    deepfm: DeepFMConfig = field(default_factory=lambda: DeepFMConfig(dropout=0.2))
-    dmin: DMINConfig = field(default_factory=DMINConfig)
-    behaviours: bool = False
-    """Read sequences of the key's earlier positive items (DMIN needs them)."""
-    tables: TableConfig = field(default_factory=TableConfig)
+    backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig(dropout=0.2))
     tap: str = "hidden_0"
     """Which activation is exported: embedding, hidden_0, hidden_1, .. or all (concatenated)."""
     compressor: CompressorConfig = field(default_factory=CompressorConfig)
@@ -48,13 +43,8 @@ class Teacher(nnx.Module):
 
     def __init__(self, schema: Schema, config: FMConfig, *, rngs: nnx.Rngs):
         self.tap = config.tap
-        self.backbone = build(
-            getattr(config, config.backbone),
-            schema,
-            config.tables,
-            dtype=jnp.dtype(config.train.dtype),
-            rngs=rngs,
-        )
+        dtype = jnp.dtype(config.train.dtype)
+        self.backbone = build(config.backbone, schema, dtype=dtype, rngs=rngs)
         self.compressor = Compressor(self._tap_width(schema), config.compressor, rngs=rngs)
 
     def _tap_width(self, schema: Schema) -> int:

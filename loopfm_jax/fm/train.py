@@ -28,7 +28,7 @@ def train_fm(
     Args:
       labels: `shuffled` permutes the FM window's labels (a control: the FM learns nothing true).
     """
-    inputs = open_inputs(data, reader="fm", behaviours=config.behaviours)
+    inputs = open_inputs(data, reader="fm", behaviours=config.backbone.reads_behaviours)
     rows = known_rows(inputs)
     assemble = inputs.batch if labels == "true" else _shuffled(inputs, rows, seed)
     trained = loop.train(

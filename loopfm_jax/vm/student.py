@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 
-from loopfm_jax.backbones import BackboneName, DeepFMConfig, DMINConfig, build
+from loopfm_jax.backbones import BackboneConfig, build
 from loopfm_jax.data.batches import OrderConfig
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.errors import check_limits
@@ -23,7 +23,7 @@ from loopfm_jax.history.codes import Code
 from loopfm_jax.history.packing import Tokens, pack
 from loopfm_jax.history.store import Side
 from loopfm_jax.loop import TrainConfig
-from loopfm_jax.tables import Embedded, Features, TableConfig
+from loopfm_jax.tables import Embedded, Features
 from loopfm_jax.vm.encoders import ENCODERS, EncoderConfig, linear
 from loopfm_jax.vm.methods import Method
 
@@ -49,12 +49,7 @@ class DistilConfig:
 class VMConfig:
     """The student: backbone, history encoder, distillation and training."""
 
-    backbone: BackboneName = "deepfm"
-    deepfm: DeepFMConfig = field(default_factory=lambda: DeepFMConfig(hidden=(128, 64)))
-    dmin: DMINConfig = field(default_factory=DMINConfig)
-    behaviours: bool = False
-    """Read sequences of the key's earlier positive items as the FM does."""
-    tables: TableConfig = field(default_factory=TableConfig)
+    backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig(hidden=(128, 64)))
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     summary_fields: int = 2
     """K: how many fields of the embedding width the history's summary becomes."""
@@ -86,29 +81,22 @@ class Student(nnx.Module):
         self.item = schema.item
         self.side = method.side
         extra = config.summary_fields if method.history else 0
-        backbone = getattr(config, config.backbone)
-        self.backbone = build(
-            backbone,
-            schema,
-            config.tables,
-            extra_fields=extra,
-            dtype=jnp.dtype(config.train.dtype),
-            rngs=rngs,
-        )
-        tokens, query = code_width + len(self.side), len(schema.item) * config.tables.width
+        dtype, tables = jnp.dtype(config.train.dtype), config.backbone.tables
+        self.backbone = build(config.backbone, schema, extra_fields=extra, dtype=dtype, rngs=rngs)
+        tokens, query = code_width + len(self.side), len(schema.item) * tables.width
         encoder = ENCODERS[config.encoder.name]
         self.encoder = encoder(tokens, query, config.encoder, rngs=rngs) if method.history else None
         self.summary = (
             nnx.Linear(
                 self.encoder.outputs,
-                extra * config.tables.width,
-                kernel_init=nnx.initializers.normal(config.tables.init_std),
+                extra * tables.width,
+                kernel_init=nnx.initializers.normal(tables.init_std),
                 rngs=rngs,
             )  # as small as the rows it joins: training starts from the base model
             if self.encoder
             else None
         )
-        self.distil = linear(backbone.hidden[-1], 1, rngs=rngs) if method.kd else None
+        self.distil = linear(self.backbone.trunk_width, 1, rngs=rngs) if method.kd else None
 
     def __call__(
         self,

@@ -1,0 +1,108 @@
+"""One configuration for all backbones, and what a backbone is built from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from loopfm_jax.backbones.layers import Activation, Mlp, Norm, check_dnn
+from loopfm_jax.data.schema import Schema
+from loopfm_jax.errors import check_limits
+from loopfm_jax.tables import Embedder, TableConfig
+
+BackboneName = Literal["deepfm", "dmin"]
+
+SEQUENCE_BACKBONES = ("dmin",)
+"""Backbones that cannot do without behaviour sequences."""
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Which backbone, and its shape; the default is the public one for TaobaoAd."""
+
+    name: BackboneName = "deepfm"
+    hidden: tuple[int, ...] = (512, 256, 128)
+    """Widths of the DNN's hidden layers."""
+    activation: Activation = "relu"
+    """Activation of the DNN."""
+    dropout: float = 0.0
+    """Dropout rate of the DNN and, in dmin, of the attention outputs."""
+    norm: Norm = "none"
+    """Where the DNN has batch norm: nowhere, at its input, or in every hidden layer."""
+    attention_hidden: tuple[int, ...] = (512, 256)
+    """dmin: widths of the hidden layers of the MLP that scores events for the candidate."""
+    attention_activation: Activation = "relu"
+    """dmin: activation of that MLP."""
+    attention_dropout: float = 0.2
+    """dmin: dropout rate of that MLP and of the self-attention weights."""
+    position_width: int = 4
+    """dmin: width of the positional embedding in the attention query; 0 = none."""
+    heads: int = 1
+    """dmin: H, interests per behaviour."""
+    refiner: bool = False
+    """dmin: whether a self-attention block refines the behaviour sequence first."""
+    tables: TableConfig = field(default_factory=TableConfig)
+    behaviours: bool = False
+    """Read behaviour sequences, as pooled fields, in a backbone that could do without them."""
+
+    def __post_init__(self) -> None:
+        rates = {"dropout": self.dropout, "attention_dropout": self.attention_dropout}
+        layers = {"hidden": self.hidden, "attention_hidden": self.attention_hidden}
+        check_dnn("backbone", layers=layers, rates=rates)
+        check_limits("backbone", {"heads": self.heads}, low=1)
+        check_limits("backbone", {"position_width": self.position_width}, low=0)
+
+    @property
+    def reads_behaviours(self) -> bool:
+        """Whether the model's schema keeps the sequences of earlier events."""
+        return self.behaviours or self.name in SEQUENCE_BACKBONES
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What every backbone is built from."""
+
+    config: BackboneConfig
+    schema: Schema
+    """Fields to read."""
+    extra_fields: int = 0
+    """K, how many fields `extra_BKE` will bring."""
+    dtype: DTypeLike = jnp.float32
+    """Arithmetic of the large products."""
+    frozen: Mapping[str, jax.Array] | None = None
+    """Pretrained tables by field name."""
+
+    def embedder(self, rngs: nnx.Rngs) -> Embedder:
+        """The model's tables."""
+        return Embedder(self.schema, self.config.tables, rngs=rngs, frozen=self.frozen)
+
+    @property
+    def pooled(self) -> tuple[str, ...]:
+        """Sequences that enter as masked means: all but those that the backbone attends to."""
+        attends = self.config.name in SEQUENCE_BACKBONES
+        past = {n for b in self.schema.behaviours for n in b.history} if attends else set()
+        return tuple(f.name for f in self.schema.sequences if f.name not in past)
+
+    @property
+    def flat_width(self) -> int:
+        """Width of `stack_fields`, laid flat."""
+        fields = len(self.schema.categorical) + len(self.schema.numeric) + len(self.pooled)
+        return (fields + self.extra_fields) * self.config.tables.width
+
+    def dnn(self, width_in: int, rngs: nnx.Rngs) -> Mlp:
+        """The DNN on an input of that width, down to one logit."""
+        config = self.config
+        return Mlp(
+            width_in,
+            config.hidden,
+            out=1,
+            activation=config.activation,
+            dropout=config.dropout,
+            norm=config.norm,
+            dtype=self.dtype,
+            rngs=rngs,
+        )
