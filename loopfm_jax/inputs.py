@@ -4,15 +4,15 @@ Where a data set has no behaviour sequences, a backbone that reads them (DMIN) g
 earlier positive items, found by the same structuring code as LoopFM's histories.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from loopfm_jax.data.batches import Batch
-from loopfm_jax.data.log import Log, load, pad_front
+from loopfm_jax.data.log import Log, load
 from loopfm_jax.data.schema import Schema
-from loopfm_jax.history.slices import SliceConfig, Slices, slices
+from loopfm_jax.history.slices import SliceConfig, slices
 
 
 @dataclass(frozen=True)
@@ -21,32 +21,18 @@ class Inputs:
 
     log: Log
     splits: dict[str, slice]
-    past: Slices | None
-    """Behaviours: slices over the log's positive rows."""
-    past_ids: np.ndarray
-    """[positive rows in (key, time) order, behaviour columns] fused ids."""
 
     @property
     def schema(self) -> Schema:
         return self.log.schema
 
     def rows(self, *splits: str) -> np.ndarray:
-        return np.concatenate([np.arange(len(self.log))[self.splits[s]] for s in splits])
+        return np.concatenate([np.r_[self.splits[s]] for s in splits])
 
     def batch(self, rows: np.ndarray) -> Batch:
         """`ids_BC`, `floats_BN`, `label_B` of the given row numbers."""
         parts = [self.log["ids"][rows]]
-        for f in self.schema.sequences:
-            if not f.from_log:
-                parts.append(self.log.padded(f.name, rows, length=f.length))
-        if self.past is not None:
-            past_BLK = pad_front(
-                self.past_ids,
-                self.past.end[rows],
-                self.past.length[rows],
-                length=self.schema[self.schema.behaviours[0].history[0]].length,
-            )
-            parts.extend(np.moveaxis(past_BLK, 2, 0))
+        parts.extend(self.log.padded(f.name, rows, length=f.length) for f in self.schema.sequences)
         floats = self.log.columns.get("floats")
         return {
             "ids_BC": np.concatenate(parts, axis=1),
@@ -61,14 +47,19 @@ def open_inputs(directory: Path, *, reader: str, behaviours: bool) -> Inputs:
     Args:
       directory: a prepared log.
       reader: `fm` or `vm`.
-      behaviours: whether the model reads sequences of earlier positive items.
+      behaviours: whether the model reads sequences of earlier events.
     """
     log, splits = load(directory)
     schema = log.schema if reader == "fm" else log.schema.for_vm()
     log = log.select(schema if behaviours else schema.without_behaviours())
+    return Inputs(_with_past(log), splits)
+
+
+def _with_past(log: Log) -> Log:
+    """Adds the behaviours that are made from the log: slices over its positive rows."""
     made = [f for f in log.schema.sequences if f.from_log]
     if not made:
-        return Inputs(log, splits, None, np.zeros((0, 0), np.int32))
+        return log
     positive = np.flatnonzero(log["label"])
     past = slices(
         entry_key=log["key"][positive],
@@ -78,5 +69,14 @@ def open_inputs(directory: Path, *, reader: str, behaviours: bool) -> Inputs:
         config=SliceConfig(length=made[0].length, retention_days=365 * 100),
     )
     names = [f.name for f in log.schema.categorical]
-    columns = [names.index(f.shares or f.name) for f in made]
-    return Inputs(log, splits, past, log["ids"][positive[past.order]][:, columns])
+    entries, offsets = positive[past.order], log.schema.offsets
+    ids = {f.name: log["ids"][entries, names.index(f.shares or f.name)] for f in made}
+    return replace(
+        log,
+        columns={
+            **log.columns,
+            f"{made[0].slices}/end": past.end,
+            f"{made[0].slices}/length": past.length,
+        },
+        sequences={**log.sequences, **{n: v - np.int32(offsets[n]) for n, v in ids.items()}},
+    )

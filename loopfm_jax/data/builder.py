@@ -18,6 +18,13 @@ from loopfm_jax.data.raw import Card
 
 BLOCK_ROWS = 4096
 VERSION = "1.0.0"
+KEY_BITS = 128
+"""TFDS puts records into buckets by the upper bits of their keys, and holds one bucket in memory:
+keys are spread over the whole range, or all records of a large log would share a bucket."""
+
+
+Columns = np.ndarray | tuple[np.ndarray, ...]
+"""A column [rows, ...]; several of one type are stored as one, [rows, len]."""
 
 
 class LogBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -28,7 +35,7 @@ class LogBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def __init__(
         self,
         *,
-        columns: Mapping[str, np.ndarray],
+        columns: Mapping[str, Columns],
         ragged: Mapping[str, tuple[np.ndarray, np.ndarray]],
         bounds: Mapping[str, tuple[int, int]],
         card: Card,
@@ -39,13 +46,10 @@ class LogBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         super().__init__(file_format="array_record", **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = {
-            name: tfds.features.Tensor(shape=(None, *values.shape[1:]), dtype=values.dtype)
-            for name, values in self._columns.items()
-        }
+        features = {name: _feature(_part(v, 0, 0)) for name, v in self._columns.items()}
         for name, (values, lengths) in self._ragged.items():
-            features[f"{name}/values"] = tfds.features.Tensor(shape=(None,), dtype=values.dtype)
-            features[f"{name}/lengths"] = tfds.features.Tensor(shape=(None,), dtype=lengths.dtype)
+            features[f"{name}/values"] = _feature(values)
+            features[f"{name}/lengths"] = _feature(lengths)
         return tfds.core.DatasetInfo(
             builder=self,
             description=self._card.description,
@@ -64,12 +68,28 @@ class LogBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         ends = {name: np.cumsum(lengths) for name, (_, lengths) in self._ragged.items()}
         for low in range(start, stop, BLOCK_ROWS):
             high = min(low + BLOCK_ROWS, stop)
-            block = {name: values[low:high] for name, values in self._columns.items()}
+            block = {name: _part(values, low, high) for name, values in self._columns.items()}
             for name, (values, lengths) in self._ragged.items():
                 first = ends[name][low - 1] if low else 0
                 block[f"{name}/values"] = values[first : ends[name][high - 1]]
                 block[f"{name}/lengths"] = lengths[low:high]
-            yield low, block
+            yield ((low - start) << KEY_BITS) // (stop - start), block
+
+
+def _feature(values: np.ndarray) -> tfds.features.Tensor:
+    """Plain bytes: six times faster to write than the default, a list of numbers."""
+    return tfds.features.Tensor(
+        shape=(None, *values.shape[1:]),
+        dtype=values.dtype,
+        encoding=tfds.features.Encoding.BYTES,
+    )
+
+
+def _part(values: Columns, low: int, high: int) -> np.ndarray:
+    if isinstance(values, tuple):
+        parts = [v[low:high] for v in values]
+        return np.stack(parts, axis=1) if parts else np.zeros((high - low, 0), np.int32)
+    return values[low:high]
 
 
 def write(name: str, directory: Path, **contents: Any) -> Path:
@@ -82,12 +102,26 @@ def write(name: str, directory: Path, **contents: Any) -> Path:
     return Path(builder.data_dir)
 
 
-def read(directory: Path, splits: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """All columns of the given splits, concatenated in time order."""
+def read(directory: Path, rows: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """All columns of the given splits (name -> rows), concatenated in time order.
+
+    Columns of one value a row are filled in place, so that a log is in memory once.
+    """
     builder = tfds.builder_from_directory(directory)
-    sources = [
-        builder.as_data_source(split)  # pyright: ignore[reportCallIssue]
-        for split in splits
-    ]
-    blocks = [source[i] for source in sources for i in range(len(source))]
-    return {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
+    whole: dict[str, np.ndarray] = {}
+    many: dict[str, list[np.ndarray]] = {}
+    low = 0
+    for split in rows:
+        source: Any = builder.as_data_source(split)  # pyright: ignore[reportCallIssue]
+        for i in range(len(source)):
+            block = source[i]
+            high = low + len(block["label"])
+            for name, values in block.items():
+                if name.endswith("/values"):
+                    many.setdefault(name, []).append(values)
+                    continue
+                if name not in whole:
+                    whole[name] = np.empty((sum(rows.values()), *values.shape[1:]), values.dtype)
+                whole[name][low:high] = values
+            low = high
+    return whole | {name: np.concatenate(parts) for name, parts in many.items()}

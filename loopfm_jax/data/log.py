@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from loopfm_jax.data.schema import Schema
 
 KEY = "key_"
 """Prefix of the columns that may key histories besides `key`."""
+SEQUENCES, PRETRAINED = "sequences", "pretrained"
+"""Folders of a prepared log: side arrays that rows hold slices of, and fixed tables."""
 FIXED = ("ids", "floats", "label", "time", "logged_time", "key", "example_id", "truth")
 
 
@@ -26,6 +28,10 @@ class Log:
     columns: Mapping[str, np.ndarray]
     ragged: Mapping[str, Ragged]
     truth: tuple[str, ...] = ()
+    sequences: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """[S] local ids per field with `slices`, by memory map."""
+    pretrained: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """[V, width] per field with a `frozen_width`, by memory map."""
 
     def __len__(self) -> int:
         return len(self.columns["label"])
@@ -48,10 +54,12 @@ class Log:
         old, new = self.schema.offsets, schema.offsets
         shift = np.array([new[f.name] - old[f.name] for f in schema.categorical], np.int32)
         columns = dict(self.columns)
-        columns["ids"] = self["ids"][:, kept] + shift
-        if schema.numeric:
+        if len(kept) < len(self.schema.categorical) or shift.any():  # else: no copy of all ids
+            columns["ids"] = self["ids"][:, kept]
+            columns["ids"] += shift
+        if schema.numeric != self.schema.numeric:
             columns["floats"] = self["floats"][:, kept_floats]
-        else:
+        if not schema.numeric:
             columns.pop("floats", None)
         ragged = {
             f.name: replace(
@@ -59,16 +67,21 @@ class Log:
                 values=self.ragged[f.name].values + np.int32(new[f.name] - old[f.name]),
             )
             for f in schema.sequences
-            if not f.from_log
+            if not f.slices
         }
-        return Log(schema, columns, ragged, self.truth)
+        return replace(self, schema=schema, columns=columns, ragged=ragged)
 
     def padded(self, name: str, rows: np.ndarray, *, length: int) -> np.ndarray:
-        """Values of a ragged column at `rows` as [B, length], padded with 0 in front."""
-        ragged, start = self.ragged[name], self.starts[name]
-        return pad_front(
-            ragged.values, start[rows] + ragged.lengths[rows], ragged.lengths[rows], length=length
-        )
+        """Fused ids of a sequence field at `rows` as [B, length], padded with 0 in front."""
+        f = self.schema[name]
+        if not f.slices:
+            ragged, start = self.ragged[name], self.starts[name]
+            count = ragged.lengths[rows]
+            return pad_front(ragged.values, start[rows] + count, count, length=length)
+        end, count = self[f"{f.slices}/end"][rows], self[f"{f.slices}/length"][rows]
+        ids = pad_front(self.sequences[name], end, count, length=length).astype(np.int32)
+        ids[ids > 0] += self.schema.offsets[name]
+        return ids
 
 
 def pad_front(values: np.ndarray, end: np.ndarray, count: np.ndarray, *, length: int) -> np.ndarray:
@@ -86,22 +99,26 @@ def load(directory: Path) -> tuple[Log, dict[str, slice]]:
     from loopfm_jax.data import builder  # TFDS takes a second to import: only where it is used
 
     facts = json.loads((directory / "schema.json").read_text())
-    parts = {s: builder.read(directory / facts["folder"], (s,)) for s in SPLITS}
-    names = parts["fm"]
-    columns = {n: np.concatenate([p[n] for p in parts.values()]) for n in names}
+    schema = Schema.from_json(facts["schema"])
+    columns = builder.read(directory / facts["folder"], facts["rows"])
     ragged = {
         n.removesuffix("/values"): Ragged(columns[n], columns[n.removesuffix("values") + "lengths"])
         for n in columns
         if n.endswith("/values")
     }
-    splits, start = {}, 0
-    for name, part in parts.items():
-        splits[name] = slice(start, start + len(part["label"]))
-        start = splits[name].stop
+    slices = {f"{f.slices}/{part}" for f in schema.sequences for part in ("end", "length")}
+    kept = {n: v for n, v in columns.items() if n in (*FIXED, *slices) or n.startswith(KEY)}
+    stops = np.cumsum(list(facts["rows"].values())).tolist()
     log = Log(
-        schema=Schema.from_json(facts["schema"]),
-        columns={n: v for n, v in columns.items() if n in FIXED or n.startswith(KEY)},
+        schema=schema,
+        columns=kept,
         ragged=ragged,
         truth=tuple(facts["truth"]),
+        sequences=_tables(directory / SEQUENCES),
+        pretrained=_tables(directory / PRETRAINED),
     )
-    return log, splits
+    return log, dict(zip(SPLITS, map(slice, [0, *stops[:-1]], stops), strict=True))
+
+
+def _tables(folder: Path) -> dict[str, np.ndarray]:
+    return {p.stem: np.load(p, mmap_mode="r", allow_pickle=False) for p in folder.glob("*.npy")}

@@ -1,9 +1,14 @@
 """Raw log -> prepared log: checked, in time order, cut into windows, encoded.
 
-Layout of the folder: the TFDS data set, `schema.json`, `vocabulary.parquet`.
+Layout of the folder: the TFDS data set, `schema.json`, `vocabulary.parquet`; where the log has
+them, `sequences/<field>.npy` (what rows hold slices of) and `pretrained/<field>.npy`. Columns are
+encoded one by one and written block by block: besides the raw frame there is one copy of the log,
+as int32 ids.
 """
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,9 +18,12 @@ import polars as pl
 
 from loopfm_jax.data import builder
 from loopfm_jax.data.checks import check, check_windows
-from loopfm_jax.data.encode import encode
-from loopfm_jax.data.log import KEY
-from loopfm_jax.data.raw import SPLITS, Card, RawLog, Windows
+from loopfm_jax.data.coding import by_appearance, code, dense
+from loopfm_jax.data.encode import Encoded, encode
+from loopfm_jax.data.events import place
+from loopfm_jax.data.log import KEY, PRETRAINED, SEQUENCES
+from loopfm_jax.data.order import collapse_groups, order_rows
+from loopfm_jax.data.raw import SPLITS, Card, Pretrained, RawLog, Windows
 from loopfm_jax.errors import UserError
 
 
@@ -33,28 +41,27 @@ def prepare(
       UserError: on a log that `checks` refuses, or an empty or one-class window.
     """
     check(raw)
-    frame = in_time_order(raw.frame)
-    cuts, bounds_text = cut(frame["time"].to_numpy(), windows)
-    span = _span(frame["time"].to_numpy())
-    frame = frame.head(cuts["test"][1])
-    label = frame["label"].cast(pl.Float64).cast(pl.UInt8).to_numpy()
+    raw = replace(raw, frame=collapse_groups(raw.frame))
+    order = order_rows(raw.frame)
+    time = raw.frame["time"].to_numpy()[order]
+    cuts, bounds_text = cut(time, windows)
+    where = f"{bounds_text}; {_span(time)}"
+    order, time = order[: cuts["test"][1]], time[: cuts["test"][1]]
+    label = raw.frame["label"].cast(pl.Float64).cast(pl.UInt8).to_numpy()[order]
     rows = {split: stop - start for split, (start, stop) in cuts.items()}
-    check_windows(rows, {s: label[slice(*cuts[s])] for s in SPLITS}, f"{bounds_text}; {span}")
-    encoded = encode(raw, frame, fm_rows=cuts["fm"][1])
+    check_windows(rows, {s: label[slice(*cuts[s])] for s in SPLITS}, where)
+    if raw.events is not None:
+        raw = place(raw, order, scratch=directory)
+    encoded = encode(raw, raw.frame, fm_rows=cuts["fm"][1], order=order)
     columns = {
-        "ids": encoded.ids,
+        "ids": encoded.columns,
         "label": label,
-        "time": frame["time"].to_numpy(),
-        "logged_time": frame["logged_time"].to_numpy(),
-        "key": dense_key(frame["key"]),
-        "example_id": np.arange(len(frame), dtype=np.int64),
+        "time": time,
+        "logged_time": raw.frame["logged_time"].to_numpy()[order],
+        "key": dense(raw.frame["key"].gather(order)),
+        "example_id": np.arange(len(order), dtype=np.int64),
     }
-    for column in raw.item if raw.keys is None else raw.keys:
-        columns[KEY + column] = number(frame[column])
-    if encoded.floats.shape[1]:
-        columns["floats"] = encoded.floats
-    if raw.truth:
-        columns["truth"] = frame.select(raw.truth).to_numpy().astype(np.float32)
+    columns |= _side_columns(raw, encoded, order)
     folder = builder.write(
         name,
         directory,
@@ -63,9 +70,12 @@ def prepare(
         bounds=cuts,
         card=card,
     )
+    _write_tables(directory / SEQUENCES, encoded.sequences)
+    _write_tables(directory / PRETRAINED, {n: _padded(t) for n, t in raw.pretrained.items()})
     schema = {
         "folder": str(folder.relative_to(directory)),
         "schema": encoded.schema.to_json(),
+        "rows": rows,
         "truth": list(raw.truth),
     }
     (directory / "schema.json").write_text(json.dumps(schema, indent=1))
@@ -79,22 +89,33 @@ def prepare(
     }
 
 
-def in_time_order(frame: pl.DataFrame) -> pl.DataFrame:
-    """Collapses impression groups and sorts by time.
+def _side_columns(raw: RawLog, encoded: Encoded, order: np.ndarray) -> dict[str, np.ndarray]:
+    """What only some logs have."""
+    columns = {}
+    for name in raw.item if raw.keys is None else raw.keys:
+        coded = code(raw.frame[name])
+        columns[KEY + name] = by_appearance(coded.codes[order], coded.texts)
+    for group in raw.sequences:
+        for part, kind in (("end", np.int64), ("length", np.int32)):
+            values = raw.frame[f"{group.name}/{part}"].to_numpy()
+            columns[f"{group.name}/{part}"] = values[order].astype(kind)
+    if encoded.floats.shape[1]:
+        columns["floats"] = encoded.floats
+    if raw.truth:
+        columns["truth"] = raw.frame.select(raw.truth).to_numpy()[order].astype(np.float32)
+    return columns
 
-    `time` becomes the moment when an example must be answered, `logged_time` the moment when its
-    row may enter histories: the first and the last time of its impression group. Ties are ordered
-    by key and then by every other column, so that the order of the input does not matter.
-    """
-    if "group" in frame.columns:
-        moment = ["key", "group"]
-        frame = frame.with_columns(
-            pl.col("time").max().over(moment).alias("logged_time"),
-            pl.col("time").min().over(moment).alias("time"),
-        )
-    else:
-        frame = frame.with_columns(pl.col("time").alias("logged_time"))
-    return frame.sort(["time", "key", *(n for n in frame.columns if n not in ("time", "key"))])
+
+def _padded(table: Pretrained) -> np.ndarray:
+    """With the rows of padding and of unknown ids: zeros."""
+    return np.pad(table.values, ((1, 1), (0, 0)))
+
+
+def _write_tables(folder: Path, tables: Mapping[str, np.ndarray]) -> None:
+    if tables:
+        folder.mkdir()
+    for name, values in tables.items():
+        np.save(folder / f"{name}.npy", values, allow_pickle=False)
 
 
 def cut(time: np.ndarray, windows: Windows) -> tuple[dict[str, tuple[int, int]], str]:
@@ -137,16 +158,3 @@ def _span(time: np.ndarray) -> str:
     ends = [datetime.fromtimestamp(int(ms) / 1000, UTC) for ms in (time[0], time[-1])]
     first, last = (moment.isoformat(timespec="seconds") for moment in ends)
     return f"the log runs from {first} to {last}"
-
-
-def dense_key(key: pl.Series) -> np.ndarray:
-    """Keys of any type -> int64 0..K-1 in the order of their values."""
-    return (key.rank("dense") - 1).cast(pl.Int64).to_numpy()
-
-
-def number(values: pl.Series) -> np.ndarray:
-    """Values of any type -> int32 0..K-1 by first appearance: later values renumber nothing."""
-    values = values.cast(pl.String).fill_null("")
-    known = values.unique(maintain_order=True)
-    numbers = pl.int_range(len(known), dtype=pl.Int32, eager=True)
-    return values.replace_strict(known, numbers).to_numpy()

@@ -4,7 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import polars as pl
+
+from loopfm_jax.data.coding import Coded
+from loopfm_jax.data.schema import Behaviour
 
 Holdout = Literal["test", "validation"]
 SPLITS = ("fm", "vm", "validation", "test")
@@ -32,6 +36,43 @@ class Column:
 
 
 @dataclass(frozen=True)
+class Sequences:
+    """Sequence columns that are slices of side arrays: a row carries two integers.
+
+    Row i of the frame has `values[end_i - length_i : end_i]`, the last one most recent; the frame's
+    columns `<name>/end` and `<name>/length` hold them. Rows with the same past share its storage.
+    """
+
+    name: str
+    columns: tuple[Column, ...]
+    values: Mapping[str, Coded]
+    """By column, [S]."""
+
+
+@dataclass(frozen=True)
+class Events:
+    """A log of its own of what the keys did, which may be far larger than memory.
+
+    An example sees the last `length` events of its key that happened strictly before it.
+    """
+
+    name: str
+    columns: tuple[Column, ...]
+    scan: pl.LazyFrame
+    """`key` (of the frame's type), `time` (int64, ms) and the columns: integers or pl.Enum, no
+    nulls."""
+    length: int = 50
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A table that is never trained: what its rows stand for, and [rows, width] float32."""
+
+    ids: pl.Series
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
 class RawLog:
     """`frame` has `key` (any type), `time` (int64, ms), `label` (0/1), the feature columns and,
     where rows were shown together, `group`: all rows of one (key, group) count as one moment."""
@@ -47,6 +88,12 @@ class RawLog:
     behaviour: tuple[str, ...] = ()
     """Columns whose values at the key's earlier positive rows form behaviour sequences."""
     behaviour_length: int = 50
+    sequences: tuple[Sequences, ...] = ()
+    events: Events | None = None
+    given: tuple[Behaviour, ...] = ()
+    """Sequence columns that list earlier events, and the candidate's columns they answer to."""
+    pretrained: Mapping[str, Pretrained] = field(default_factory=dict)
+    """By the categorical column that reads it."""
     duplicates: int = 0
     """Exact duplicate rows of the files, dropped."""
     truth: tuple[str, ...] = ()

@@ -28,6 +28,9 @@ class Field:
     """Width of the pretrained, never trained table behind this field; 0 = an ordinary field."""
     from_log: bool = False
     """Not stored: made on loading, from the earlier positive rows of the same key."""
+    slices: str = ""
+    """Values stand once for all rows, in the side array `sequences/<name>.npy`: each row carries
+    the `<slices>/end` and `<slices>/length` of its part."""
 
 
 @dataclass(frozen=True)

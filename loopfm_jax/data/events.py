@@ -1,0 +1,145 @@
+"""A log of events -> what examples can see of it, and each example's slice of that.
+
+The event log (TaobaoAd: 723 million rows) is read once, in batches, and split by key into files;
+each of them then fits in memory, is sorted by (key, time) and keeps the events that some example
+sees. An example sees the last `length` events of its key strictly before its own time.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from loopfm_jax.data.coding import Coded, code, dense
+from loopfm_jax.data.order import order_rows
+from loopfm_jax.data.raw import Events, RawLog, Sequences
+from loopfm_jax.errors import UserError
+
+BUCKETS = 64
+"""Files the events are split into: a power of this many keys share one."""
+BATCH = 1 << 20
+
+
+def place(raw: RawLog, order: np.ndarray, *, scratch: Path) -> RawLog:
+    """The log with `sequences` in place of its `events`.
+
+    Args:
+      order: rows of the frame in time order, those that are kept.
+      scratch: a folder with room for the events, about 25 bytes each; left as it was.
+
+    Raises:
+      UserError: the event log cannot be read.
+    """
+    events = raw.events
+    assert events is not None
+    key, time = raw.frame["key"].gather(order), raw.frame["time"].gather(order)
+    number = dense(key).astype(np.int32)
+    keys = (
+        pl.DataFrame({"key": key, "number": number, "time": time})
+        .group_by("key")
+        .agg(pl.first("number"), pl.max("time").alias("last"))
+    )
+    names = [c.name for c in events.columns]
+    record = np.dtype([("number", "i4"), ("time", "i8"), *((name, "i4") for name in names)])
+    kept, end, length = [], np.zeros(len(order), np.int64), np.zeros(len(order), np.int32)
+    placed = 0
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=".events") as folder:
+        paths = _split(events, keys, record, Path(folder))
+        for bucket, path in enumerate(paths):
+            rows = np.flatnonzero(number.astype(np.int64) * BUCKETS // len(keys) == bucket)
+            seen, stop, count = _visible(
+                np.fromfile(path, record),
+                number[rows],
+                time.gather(rows).to_numpy(),
+                length=events.length,
+            )
+            end[rows], length[rows] = stop + placed, count
+            kept.append({name: seen[name].copy() for name in names})
+            placed += len(seen)
+            path.unlink()
+    values = {name: np.concatenate([part.pop(name) for part in kept]) for name in names}
+    return _with_slices(raw, events, values, order, end, length)
+
+
+def _split(events: Events, keys: pl.DataFrame, record: np.dtype, folder: Path) -> list[Path]:
+    """One file of records per bucket of keys; events that no example can see are left out."""
+    scan = (
+        events.scan.join(keys.lazy(), on="key")
+        .filter(pl.col("time") < pl.col("last"))
+        .select("number", "time", *(pl.col(c.name).to_physical() for c in events.columns))
+    )
+    paths = [folder / str(bucket) for bucket in range(BUCKETS)]
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(path.open("wb")) for path in paths]
+        try:
+            for batch in scan.collect_batches(chunk_size=BATCH, maintain_order=False):
+                rows = np.empty(len(batch), record)
+                for name in batch.columns:
+                    rows[name] = batch[name].to_numpy()
+                bucket = rows["number"].astype(np.int64) * BUCKETS // len(keys)
+                by_bucket = np.argsort(bucket.astype(np.uint8), kind="stable")
+                rows = rows[by_bucket]
+                stops = np.searchsorted(bucket[by_bucket], np.arange(BUCKETS + 1))
+                for file, low, high in zip(files, stops[:-1], stops[1:], strict=True):
+                    rows[low:high].tofile(file)
+        except pl.exceptions.PolarsError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"the {events.name} log cannot be read: {reason}") from None
+    return paths
+
+
+def _visible(
+    rows: np.ndarray, number: np.ndarray, time: np.ndarray, *, length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The events that some example sees, sorted, and every example's (end, length) among them."""
+    if not len(rows):
+        return rows, np.zeros(len(time), np.int64), np.zeros(len(time), np.int32)
+    frame = pl.DataFrame({name: rows[name] for name in rows.dtype.names or ()})
+    rows = rows[order_rows(frame, by=("number", "time"))]
+    low, high = int(rows["time"].min()), int(rows["time"].max())
+    base, span = int(rows["number"].min()), high - low + 1
+
+    def pack(number: np.ndarray, since: np.ndarray | int) -> np.ndarray:
+        return (number.astype(np.int64) - base) * span + since
+
+    packed = pack(rows["number"], rows["time"] - low)
+    end = np.searchsorted(packed, pack(number, np.clip(time - low, 0, span)))
+    start = np.searchsorted(packed, pack(number, 0))
+    count = np.minimum(end - start, length).astype(np.int32)
+    cover = np.zeros(len(rows) + 1, np.int32)
+    np.add.at(cover, end - count, 1)
+    np.add.at(cover, end, -1)
+    seen = np.cumsum(cover)[:-1] > 0
+    before = np.concatenate([[0], np.cumsum(seen)])
+    return rows[seen], before[end], count
+
+
+def _with_slices(
+    raw: RawLog,
+    events: Events,
+    values: Mapping[str, np.ndarray],
+    order: np.ndarray,
+    end: np.ndarray,
+    length: np.ndarray,
+) -> RawLog:
+    kinds = events.scan.collect_schema()
+    coded = {name: _coded(kinds[name], v) for name, v in values.items()}
+    slices = {"end": np.zeros(len(raw.frame), np.int64), "length": np.zeros(len(raw.frame), int)}
+    slices["end"][order], slices["length"][order] = end, length
+    columns = [pl.Series(f"{events.name}/{part}", v) for part, v in slices.items()]
+    return replace(
+        raw,
+        frame=raw.frame.with_columns(columns),
+        sequences=(*raw.sequences, Sequences(events.name, events.columns, coded)),
+        events=None,
+    )
+
+
+def _coded(kind: pl.DataType, values: np.ndarray) -> Coded:
+    if isinstance(kind, pl.Enum):
+        return Coded(values, pl.Series(kind.categories, dtype=pl.String))
+    return code(pl.Series(values))

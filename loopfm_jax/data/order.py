@@ -1,0 +1,56 @@
+"""The order of a log's rows: one for every set of rows, whatever order the files had.
+
+Numbers are sorted, not rows: a sorted copy of a wide log would cost as much memory as the log, and
+comparing all columns of all rows most of the time. Only rows that still tie look at one more
+column.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import polars as pl
+
+
+def collapse_groups(frame: pl.DataFrame) -> pl.DataFrame:
+    """Makes all rows of one impression group one moment.
+
+    `time` becomes the moment when an example must be answered, `logged_time` the moment when its
+    row may enter histories: the first and the last time of its impression group.
+    """
+    if "group" not in frame.columns:
+        return frame.with_columns(pl.col("time").alias("logged_time"))
+    moment = ["key", "group"]
+    return frame.with_columns(
+        pl.col("time").max().over(moment).alias("logged_time"),
+        pl.col("time").min().over(moment).alias("time"),
+    )
+
+
+def order_rows(frame: pl.DataFrame, by: tuple[str, str] = ("time", "key")) -> np.ndarray:
+    """Row numbers sorted by two columns and then by every other one, in the frame's order."""
+    order = frame.select(pl.arg_sort_by(*by)).to_series().to_numpy().copy()
+    tied = np.arange(len(order))
+    run = _runs([frame[name].gather(order) for name in by])
+    for name in (n for n in frame.columns if n not in by):
+        again = _repeated(run)
+        tied, run = tied[again], run[again]
+        if not len(tied):
+            break
+        rows = pl.DataFrame({"run": run, "value": frame[name].gather(order[tied])})
+        finer = rows.select(pl.arg_sort_by("run", "value")).to_series().to_numpy()
+        order[tied] = order[tied][finer]
+        rows = rows[finer]
+        run = _runs([rows["run"], rows["value"]])
+    return order
+
+
+def _runs(columns: Iterable[pl.Series]) -> np.ndarray:
+    """Numbers of the runs of equal values in sorted columns."""
+    changes = [c.ne_missing(c.shift(1)).to_numpy() for c in columns]
+    return np.cumsum(np.logical_or.reduce(changes), dtype=np.int32)
+
+
+def _repeated(run: np.ndarray) -> np.ndarray:
+    """Where a run has more than one row."""
+    same = run[1:] == run[:-1]
+    return np.concatenate([same, [False]]) | np.concatenate([[False], same])
