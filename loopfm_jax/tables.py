@@ -6,8 +6,8 @@ its value, as in the public reference (PAPER section 5), but starts as small as 
 the public scale (xavier-normal) a few count columns drown the rest of a log of 100k rows.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -69,6 +69,33 @@ class Table(nnx.Module):
         """Fused ids of any shape -> rows [..., E]; padding gives zeros."""
         rows = self.rows_VE[...].at[ids].get(mode="promise_in_bounds")
         return jnp.where(ids[..., None] > 0, rows, 0)
+
+
+class PrivateTable(nnx.Module):
+    """A second table for some fields, with rows per field *and* id, whatever is shared or frozen.
+
+    Args:
+      schema: what the fused ids mean.
+      names: fields that have rows here.
+      config: width and initial scale.
+    """
+
+    def __init__(
+        self, schema: Schema, names: Sequence[str], config: TableConfig, *, rngs: nnx.Rngs
+    ):
+        fields = [schema[name] for name in names]
+        own = Schema(tuple(replace(f, shares=None, frozen_width=0) for f in fields))
+        self.columns = tuple(schema.columns[name] for name in names)
+        self.shifts = tuple(own.offsets[name] - schema.offsets[name] for name in names)
+        self.table = Table(own, config, rngs=rngs)
+
+    def __call__(self, ids_BC: jax.Array) -> jax.Array:
+        """All columns of a batch -> rows [B,C,E] of the columns of `names`."""
+        own = [
+            jnp.where(ids_BC[:, columns] > 0, ids_BC[:, columns] + shift, 0)
+            for columns, shift in zip(self.columns, self.shifts, strict=True)
+        ]
+        return self.table(jnp.concatenate(own, axis=1))
 
 
 class Embedder(nnx.Module):

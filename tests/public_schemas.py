@@ -1,6 +1,9 @@
-"""The three public data sets of PAPER section 5: schemas, configurations, parameter counts."""
+"""The three public data sets of PAPER section 5: schemas, configurations, parameter counts.
 
-from dataclasses import dataclass
+Configurations and counts are those of the BARS logs (reczoo/BARS, ranking/ctr).
+"""
+
+from dataclasses import dataclass, field
 from typing import Any
 
 from loopfm_jax.backbones import BackboneConfig
@@ -16,6 +19,8 @@ class Public:
     schema: Schema
     width: int
     models: dict[BackboneName, tuple[dict[str, Any], int]]
+    unread: dict[BackboneName, int] = field(default_factory=dict)
+    """Parameters in the count that the public model builds and never reads; ours has none."""
 
     def config(self, name: BackboneName) -> BackboneConfig:
         """The public configuration of a model."""
@@ -93,42 +98,116 @@ AMAZON = Schema(
     item=("item", "cate"),
 )
 
-DEEP = (1024, 512, 256)
+DNN: dict[str, Any] = dict(hidden=(1024, 512, 256))
+DICE: dict[str, Any] = dict(attention_activation="dice")
 PUBLIC = {
     "TaobaoAd_x1": Public(
         TAOBAO,
         width=32,
-        models={"dmin": ({}, 42_347_786), "deepfm": ({}, 43_550_260)},
+        models={
+            "fm2": ({}, 43_057_715),
+            "fmfm": (dict(pair="vector"), 43_063_795),
+            "deepfm": ({}, 43_550_260),
+            "dcnv2": (dict(dropout=0.1, cross_layers=4), 43_576_577),
+            "din": (dict(dropout=0.1, attention_dropout=0.4), 42_263_682),
+            "dien": (dict(dropout=0.1, attention_dropout=0.0, **DICE), 42_376_194),
+            "dmr": (dict(dropout=0.1, position_width=64), 52_528_930),
+            "dmin": ({}, 42_347_786),
+        },
+        unread={"dmr": 32 * (11_330 + 308_870 + 6)},
     ),
     "KuaiVideo_x1": Public(
         KUAIVIDEO,
         width=64,
         models={
+            "fm2": ({}, 52_760_572),
+            "fmfm": (dict(pair="matrix"), 52_846_588),
+            "deepfm": (DNN, 53_876_733),
+            "dcnv2": (dict(dropout=0.1, norm="hidden", cross_layers=2, **DNN), 42_648_897),
+            "din": (dict(activation="dice", dropout=0.1, **DNN), 43_032_835),
+            "dien": (
+                dict(
+                    dropout=0.1,
+                    attention_hidden=(256, 256),
+                    attention_dropout=0.3,
+                    **DICE,
+                    **DNN,
+                ),
+                43_034_627,
+            ),
+            "dmr": (
+                dict(
+                    activation="dice",
+                    dropout=0.1,
+                    attention_dropout=0.1,
+                    position_width=8,
+                    **DNN,
+                ),
+                291_051_779,
+            ),
             "dmin": (
-                dict(hidden=DEEP, activation="dice", dropout=0.1, heads=2, position_width=0),
+                dict(activation="dice", dropout=0.1, heads=2, position_width=0, **DNN),
                 44_479_237,
             ),
-            "deepfm": (dict(hidden=DEEP), 53_876_733),
         },
+        unread={"dmr": 64 * (632_406 + 3_242_317)},
     ),
     "AmazonElectronics_x1": Public(
         AMAZON,
         width=64,
         models={
+            "fm2": ({}, 4_211_197),
+            "fmfm": (dict(pair="matrix"), 4_235_773),
+            "deepfm": (dict(dropout=0.1, norm="hidden", **DNN), 5_134_334),
+            "dcnv2": (dict(norm="hidden", cross_layers=2, **DNN), 5_138_561),
+            "din": (
+                dict(
+                    activation="dice",
+                    dropout=0.1,
+                    norm="hidden",
+                    attention_dropout=0.1,
+                    attention_softmax=True,
+                    **DICE,
+                    **DNN,
+                ),
+                5_403_522,
+            ),
+            "dien": (
+                dict(
+                    dropout=0.1,
+                    norm="hidden",
+                    attention_hidden=(256, 128),
+                    attention_dropout=0.0,
+                    **DICE,
+                    **DNN,
+                ),
+                5_369_602,
+            ),
+            "dmr": (
+                dict(
+                    dropout=0.1,
+                    norm="hidden",
+                    attention_dropout=0.1,
+                    position_width=8,
+                    u2i=True,
+                    **DICE,
+                    **DNN,
+                ),
+                9_918_147,
+            ),
             "dmin": (
                 dict(
-                    hidden=DEEP,
                     dropout=0.1,
                     norm="input",
                     heads=8,
                     refiner=True,
                     attention_hidden=(256, 128),
-                    attention_activation="dice",
                     attention_dropout=0.1,
+                    **DICE,
+                    **DNN,
                 ),
                 8_107_401,
             ),
-            "deepfm": (dict(hidden=DEEP, dropout=0.1, norm="hidden"), 5_134_334),
         },
     ),
 }

@@ -1,22 +1,39 @@
 """CTR models that teacher and students share: features -> `Output(logits, taps)`."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from loopfm_jax.backbones.behaviours import SequenceBackbone
 from loopfm_jax.backbones.config import BackboneConfig, Spec
+from loopfm_jax.backbones.dcnv2 import DCNv2
 from loopfm_jax.backbones.deepfm import DeepFM
+from loopfm_jax.backbones.dien import DIEN
+from loopfm_jax.backbones.din import DIN
 from loopfm_jax.backbones.dmin import DMIN
+from loopfm_jax.backbones.dmr import DMR
+from loopfm_jax.backbones.fm2 import FM2
+from loopfm_jax.backbones.fmfm import FmFM
 from loopfm_jax.backbones.output import Backbone
 from loopfm_jax.data.schema import Schema
 
 __all__ = ["BACKBONES", "Backbone", "BackboneConfig", "build"]
 
-BACKBONES = {"deepfm": DeepFM, "dmin": DMIN}
-"""`BackboneConfig.name` -> module."""
+BACKBONES = {
+    "fm2": FM2,
+    "fmfm": FmFM,
+    "deepfm": DeepFM,
+    "dcnv2": DCNv2,
+    "din": partial(SequenceBackbone, DIN),
+    "dien": partial(SequenceBackbone, DIEN),
+    "dmr": partial(SequenceBackbone, DMR),
+    "dmin": partial(SequenceBackbone, DMIN),
+}
+"""`BackboneConfig.name` -> what makes the module of a `Spec`."""
 
 
 def build(

@@ -10,19 +10,22 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from loopfm_jax.backbones.layers import Activation, Mlp, Norm, check_dnn
-from loopfm_jax.data.schema import Schema
+from loopfm_jax.data.schema import Behaviour, Schema
 from loopfm_jax.errors import check_limits
 from loopfm_jax.tables import Embedder, TableConfig
 
-BackboneName = Literal["deepfm", "dmin"]
+BackboneName = Literal["fm2", "fmfm", "deepfm", "dcnv2", "din", "dien", "dmr", "dmin"]
 
-SEQUENCE_BACKBONES = ("dmin",)
+SEQUENCE_BACKBONES = ("din", "dien", "dmr", "dmin")
 """Backbones that cannot do without behaviour sequences."""
 
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """Which backbone, and its shape; the default is the public one for TaobaoAd."""
+    """Which backbone, and its shape; the default is the public one for TaobaoAd.
+
+    The DNN (`hidden`, `activation`, `dropout`, `norm`) is that of all but fm2 and fmfm.
+    """
 
     name: BackboneName = "deepfm"
     hidden: tuple[int, ...] = (512, 256, 128)
@@ -34,17 +37,25 @@ class BackboneConfig:
     norm: Norm = "none"
     """Where the DNN has batch norm: nowhere, at its input, or in every hidden layer."""
     attention_hidden: tuple[int, ...] = (512, 256)
-    """dmin: widths of the hidden layers of the MLP that scores events for the candidate."""
+    """din, dien, dmr, dmin: widths of the MLP that scores events for the candidate."""
     attention_activation: Activation = "relu"
-    """dmin: activation of that MLP."""
+    """din, dien, dmr, dmin: activation of that MLP."""
     attention_dropout: float = 0.2
-    """dmin: dropout rate of that MLP and of the self-attention weights."""
+    """din, dien, dmr, dmin: dropout rate of that MLP; dmin: of self-attention weights as well."""
+    attention_softmax: bool = False
+    """din: weights of the events sum to 1; dien, dmr and dmin always have it so."""
     position_width: int = 4
-    """dmin: width of the positional embedding in the attention query; 0 = none."""
+    """dmr, dmin: width of the positional embedding in the attention query; 0 = none."""
+    u2i: bool = False
+    """dmr: the match of user and candidate is an input of the DNN."""
     heads: int = 1
     """dmin: H, interests per behaviour."""
     refiner: bool = False
     """dmin: whether a self-attention block refines the behaviour sequence first."""
+    pair: Literal["vector", "matrix"] = "vector"
+    """fmfm: the weight of a pair of fields."""
+    cross_layers: int = 4
+    """dcnv2: number of cross layers."""
     tables: TableConfig = field(default_factory=TableConfig)
     behaviours: bool = False
     """Read behaviour sequences, as pooled fields, in a backbone that could do without them."""
@@ -53,8 +64,9 @@ class BackboneConfig:
         rates = {"dropout": self.dropout, "attention_dropout": self.attention_dropout}
         layers = {"hidden": self.hidden, "attention_hidden": self.attention_hidden}
         check_dnn("backbone", layers=layers, rates=rates)
-        check_limits("backbone", {"heads": self.heads}, low=1)
-        check_limits("backbone", {"position_width": self.position_width}, low=0)
+        counts = {"heads": self.heads, "cross_layers": self.cross_layers}
+        check_limits("backbone", counts, low=1)
+        check_limits("backbone", {"position_width": self.position_width}, low=int(self.u2i))
 
     @property
     def reads_behaviours(self) -> bool:
@@ -92,6 +104,14 @@ class Spec:
         """Width of `stack_fields`, laid flat."""
         fields = len(self.schema.categorical) + len(self.schema.numeric) + len(self.pooled)
         return (fields + self.extra_fields) * self.config.tables.width
+
+    def event_width(self, pair: Behaviour) -> int:
+        """M, width of an event of that behaviour."""
+        return self.config.tables.width * len(pair.target)
+
+    def length(self, pair: Behaviour) -> int:
+        """L, longest history of that behaviour."""
+        return self.schema[pair.history[0]].length
 
     def dnn(self, width_in: int, rngs: nnx.Rngs) -> Mlp:
         """The DNN on an input of that width, down to one logit."""

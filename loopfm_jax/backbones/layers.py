@@ -30,15 +30,23 @@ def check_dnn(
     check_limits(owner, rates, low=0, high=0.99)
 
 
+def wide(x: jax.Array) -> jax.Array:
+    """At least float32."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def dense(
     width_in: int,
     width_out: int,
     *,
     rngs: nnx.Rngs,
     bias: bool = True,
-    dtype: DTypeLike = jnp.float32,
+    dtype: DTypeLike | None = None,
 ) -> nnx.Linear:
-    """A linear layer with an xavier-normal kernel and a zero bias (PAPER section 5)."""
+    """A linear layer with an xavier-normal kernel and a zero bias (PAPER section 5).
+
+    Without a `dtype` it computes in its parameters' float32.
+    """
     kernel_init = nnx.initializers.xavier_normal()
     return nnx.Linear(
         width_in, width_out, use_bias=bias, dtype=dtype, kernel_init=kernel_init, rngs=rngs
@@ -72,7 +80,7 @@ def masked_mean(x_BLE: jax.Array, mask_BL: jax.Array) -> jax.Array:
 
 def masked_softmax(scores_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
     """Softmax over the real events, float32; all zeros (and no gradient) where there is none."""
-    scores_BL = jnp.where(mask_BL, scores_BL.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+    scores_BL = jnp.where(mask_BL, wide(scores_BL), jnp.finfo(jnp.float32).min)
     peak_B1 = jax.lax.stop_gradient(scores_BL.max(1, keepdims=True))
     weights_BL = jnp.where(mask_BL, jnp.exp(scores_BL - peak_B1), 0)
     # With any event the sum is at least exp(0), so this bound only acts on empty histories.
@@ -139,7 +147,7 @@ def stack_fields(
 
 def batch_norm(width: int, *, rngs: nnx.Rngs) -> nnx.BatchNorm:
     """Batch norm as public runs have it: affine, a tenth of each batch into the statistics."""
-    return nnx.BatchNorm(width, momentum=0.9, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
+    return nnx.BatchNorm(width, momentum=0.9, epsilon=1e-5, rngs=rngs)
 
 
 class Dice(nnx.Module):
@@ -158,7 +166,6 @@ class Dice(nnx.Module):
             use_scale=False,
             # The squared-mean shortcut loses to rounding far above this epsilon.
             use_fast_variance=False,
-            dtype=jnp.float32,
             rngs=rngs,
         )
         self.alpha_W = nnx.Param(jnp.zeros(width))
@@ -170,7 +177,7 @@ class Dice(nnx.Module):
         if mask is not None:
             # A batch without a single event would divide by zero.
             mask = (mask | ~mask.any())[..., None]
-        p = jax.nn.sigmoid(self.norm(x, use_running_average=not train, mask=mask))
+        p = jax.nn.sigmoid(self.norm(wide(x), use_running_average=not train, mask=mask))
         alpha = self.alpha_W[...].reshape((1,) * (x.ndim - 1) + (-1,))
         return ((p + alpha * (1 - p)) * x).astype(x.dtype)
 

@@ -14,9 +14,10 @@ class Output:
 
     logits_B: jax.Array
     taps: dict[str, jax.Array]
-    """`embedding` [B,X], then `hidden_0, hidden_1, ..` [B,W] after each activation of the DNN."""
+    """`embedding` [B,X], `hidden_0, hidden_1, ..` [B,W] after each activation of the DNN, and
+    `interaction` or `cross` where a backbone has such."""
     trunk_BW: jax.Array
-    """Where auxiliary heads attach: the last hidden layer."""
+    """Where auxiliary heads attach: the last hidden layer, or what the backbone says."""
 
 
 def name_taps(embedding_BX: jax.Array, hidden: list[jax.Array]) -> dict[str, jax.Array]:

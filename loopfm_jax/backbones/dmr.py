@@ -1,0 +1,71 @@
+"""DMR (Deep Match to Rank, AAAI 2020): attention whose query knows the position, and optionally how
+well the candidate matches the user.
+
+    query = ReLU(W [target ; position]),  DIN's scores, masked softmax, weighted sum
+
+The match (`u2i`, public runs: on Amazon only): the events are pooled with queries ReLU(W position)
+alone, the result passes a ReLU layer, and its inner product with the candidate, embedded in a table
+of its own, is one more input of the DNN. Item-to-item relevance and the auxiliary loss are left
+out, as in the public runs.
+
+Differences from the public code:
+  - without `u2i` it still holds the candidate's second tables, which nothing reads; here they exist
+    with `u2i` only, so the published counts are ours plus those (PAPER section 5; 248 of 291
+    million parameters on KuaiVideo);
+  - with several behaviours each has second tables of its own; there behaviours share them;
+  - the match reads the last real event's view, wherever padding stands; there the last column's,
+    which is the same when padded in front;
+  - and that of `attention`.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from loopfm_jax.backbones.attention import Query, Scores, pool
+from loopfm_jax.backbones.behaviours import Interest, Seen
+from loopfm_jax.backbones.config import Spec
+from loopfm_jax.backbones.layers import Key, dense, masked_softmax, split
+from loopfm_jax.data.schema import Behaviour
+from loopfm_jax.tables import PrivateTable
+
+
+class Match(nnx.Module):
+    """How well the candidate matches the user, [B,1]."""
+
+    def __init__(self, spec: Spec, pair: Behaviour, *, rngs: nnx.Rngs):
+        config, width = spec.config, spec.event_width(pair)
+        self.table = PrivateTable(spec.schema, pair.target, config.tables, rngs=rngs)
+        self.position_LP = nnx.Param(jnp.zeros((spec.length(pair), config.position_width)))
+        self.query = dense(config.position_width, width, rngs=rngs)
+        self.scores = Scores(config, width, dtype=spec.dtype, rngs=rngs)
+        self.user = dense(width, width, rngs=rngs)
+
+    def __call__(self, seen: Seen, *, key: Key) -> jax.Array:
+        positions_LP = self.position_LP[...][: seen.mask_BL.shape[1]]
+        query = [jax.nn.relu(self.query(positions_LP))[None]]
+        scores_BL = self.scores(query, seen.events_BLM, seen.mask_BL, key=key)
+        past_BM = pool(masked_softmax(scores_BL, seen.mask_BL), seen.events_BLM)
+        user_BM = jax.nn.relu(self.user(past_BM))
+        item_BM = self.table(seen.features.ids_BC).reshape(user_BM.shape)
+        return (user_BM * item_BM).sum(1, keepdims=True)
+
+
+class DMR(Interest):
+    """The weighted sum of the events, [B,M], and with `u2i` the match, [B,M+1]."""
+
+    def __init__(self, spec: Spec, pair: Behaviour, *, rngs: nnx.Rngs):
+        config, width = spec.config, spec.event_width(pair)
+        self.width = width + config.u2i
+        self.query = Query(width, spec.length(pair), config.position_width, rngs=rngs)
+        self.scores = Scores(config, width, dtype=spec.dtype, rngs=rngs)
+        self.match = Match(spec, pair, rngs=rngs) if config.u2i else None
+
+    def __call__(self, seen: Seen, *, key: Key) -> jax.Array:
+        key, match_key = split(key, 2)
+        query = jax.nn.relu(sum(self.query(seen.target_BM, seen.mask_BL.shape[1])))
+        scores_BL = self.scores([query], seen.events_BLM, seen.mask_BL, key=key)
+        past_BM = pool(masked_softmax(scores_BL, seen.mask_BL), seen.events_BLM)
+        if self.match is None:
+            return past_BM
+        return jnp.concatenate([past_BM, self.match(seen, key=match_key)], axis=-1)

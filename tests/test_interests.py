@@ -1,0 +1,231 @@
+"""How behaviours become vectors, against the equations of PAPER section 5, event by event."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from backbone_cases import CASES, B, L
+from noise import noisy
+
+from loopfm_jax.backbones import BackboneConfig
+from loopfm_jax.backbones.attention import Query, Scores
+from loopfm_jax.backbones.behaviours import Interest, Seen
+from loopfm_jax.backbones.config import Spec
+from loopfm_jax.backbones.dien import DIEN
+from loopfm_jax.backbones.din import DIN
+from loopfm_jax.backbones.dmin import DMIN
+from loopfm_jax.backbones.dmr import DMR
+from loopfm_jax.data.schema import Behaviour, Field, Schema
+from loopfm_jax.tables import Features
+
+M, E = 4, 2
+ITEM, CATE = Field("item", 9), Field("cate", 6)
+PAIR = Behaviour(("cate", "item"), ("cates", "items"))
+SCHEMA = Schema(
+    fields=(
+        ITEM,
+        CATE,
+        *(
+            Field(f"{f.name}s", f.rows, kind="sequence", length=L, shares=f.name)
+            for f in (ITEM, CATE)
+        ),
+    ),
+    behaviours=(PAIR,),
+)
+
+
+def make_interest(kind: type[Interest], case: str, **options) -> Interest:
+    config = CASES[case]
+    options = dict(attention_activation="relu") | options
+    spec = Spec(replace(config, tables=replace(config.tables, width=E), **options), SCHEMA)
+    return noisy(lambda rngs: kind(spec, PAIR, rngs=rngs))
+
+
+def make_seen() -> Seen:
+    """Events of 4 examples, one without any, one with padding in front."""
+    rng = np.random.default_rng(0)
+    mask_BL = np.arange(L) < np.array([3, 0, 5, 2])[:, None]
+    mask_BL[3] = mask_BL[3, ::-1]
+    ids_BC = np.zeros((B, 2 + 2 * L), np.int32)
+    ids_BC[:, 0] = rng.integers(1, ITEM.rows, B)
+    ids_BC[:, 1] = ITEM.rows + rng.integers(1, CATE.rows, B)
+    return Seen(
+        target_BM=jnp.asarray(rng.normal(size=(B, M)), jnp.float32),
+        events_BLM=jnp.asarray(rng.normal(size=(B, L, M)) * mask_BL[..., None], jnp.float32),
+        mask_BL=jnp.asarray(mask_BL),
+        features=Features(jnp.asarray(ids_BC), jnp.zeros((B, 0))),
+    )
+
+
+def check(interest: Interest, by_hand, **tolerance) -> None:
+    """Compares with `by_hand(interest, target [M], events [L,M], mask [L], ids [C])`."""
+    seen = make_seen()
+    got = jax.jit(lambda seen: interest(seen, key=None))(seen)
+    assert got.shape == (B, interest.width)
+    examples = (seen.target_BM, seen.events_BLM, seen.mask_BL, seen.features.ids_BC)
+    want = [by_hand(interest, *map(np.asarray, x)) for x in zip(*examples, strict=True)]
+    np.testing.assert_allclose(got, np.stack(want), **dict(rtol=1e-3, atol=1e-4) | tolerance)
+
+
+# ---------------------------------------------------------------- pieces, for one example
+
+
+def linear(layer, x):
+    bias = 0 if layer.bias is None else np.asarray(layer.bias[...])
+    return x @ np.asarray(layer.kernel[...]) + bias
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def score(scores: Scores, queries, events):
+    """The MLP on [t, H, t-H, t*H], for each event with its query: [L]."""
+    found = []
+    for query, event in zip(queries, events, strict=True):
+        x = np.concatenate([query, event, query - event, query * event])
+        for layer in scores.mlp.layers:
+            x = relu(linear(layer, x))
+        found.append(linear(scores.mlp.out, x)[0])
+    return np.array(found)
+
+
+def softmax(scores, mask):
+    w = np.exp(scores) * mask
+    return w / max(w.sum(), 1e-30)
+
+
+def positioned(query: Query, target, i: int):
+    return linear(query.project, np.concatenate([target, np.asarray(query.position_LP[...])[i]]))
+
+
+# ---------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("position_width", [0, 3])
+def test_first_score_layer_equals_its_concatenated_form(position_width):
+    config = BackboneConfig(attention_hidden=(6,))
+    query = noisy(lambda rngs: Query(M, L, position_width, rngs=rngs))
+    scores = noisy(lambda rngs: Scores(config, M, rngs=rngs, dtype=jnp.float32))
+    seen = make_seen()
+
+    def concatenated(target, events):
+        both = [jnp.broadcast_to(target[:, None], (B, L, M))]
+        if query.position_LP is not None:
+            both.append(jnp.broadcast_to(query.position_LP[...][None], (B, L, position_width)))
+        t = query.project(jnp.concatenate(both, axis=-1))
+        x = jnp.concatenate([t, events, t - events, t * events], axis=-1)
+        return scores.mlp.layers[0](x)
+
+    def split_up(target, events):
+        return scores.first_layer(query(target, L), events)
+
+    got, want = (jax.jit(f)(seen.target_BM, seen.events_BLM) for f in (split_up, concatenated))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- DIN, DIEN, DMR
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_din_weighs_events_by_their_score(normalised):
+    def by_hand(din: DIN, target, events, mask, _):
+        weights = score(din.scores, [target] * L, events) * mask
+        return (softmax(weights, mask) if normalised else weights) @ events
+
+    check(make_interest(DIN, "din", attention_softmax=normalised), by_hand)
+
+
+def gru(cell, x, mask, attention):
+    """States of h' = h + sigmoid(..) a (n - h), from zeros; padded steps keep the state."""
+    h, states = np.zeros(M), []
+    for t in range(L):
+        if mask[t]:
+            (xu, xr, xn), (hu, hr, hn) = (
+                np.split(linear(layer, y), 3) for layer, y in ((cell.input, x[t]), (cell.state, h))
+            )
+            new = np.tanh(xn + sigmoid(xr + hr) * hn)
+            h = h + sigmoid(xu + hu) * attention[t] * (new - h)
+        states.append(h)
+    return np.stack(states)
+
+
+def test_dien_evolves_interests_towards_the_candidate():
+    def by_hand(dien: DIEN, target, events, mask, _):
+        interests = gru(dien.extraction, events, mask, np.ones(L))
+        weights = softmax(score(dien.scores, [target] * L, interests), mask)
+        return gru(dien.evolution, interests, mask, weights)[-1]
+
+    dien = make_interest(DIEN, "dien")
+    check(dien, by_hand)
+    seen = make_seen()
+    assert not np.asarray(dien(seen, key=None))[1].any(), "no history gives zeros"
+    swapped = seen.replace(events_BLM=seen.events_BLM.at[2].set(seen.events_BLM[2, ::-1]))
+    assert (dien(swapped, key=None)[2] != dien(seen, key=None)[2]).all(), "order matters"
+
+
+@pytest.mark.parametrize("u2i", [False, True])
+def test_dmr_asks_with_positions_and_matches_the_user(u2i):
+    def by_hand(dmr: DMR, target, events, mask, ids):
+        query = [relu(positioned(dmr.query, target, i)) for i in range(L)]
+        past = softmax(score(dmr.scores, query, events), mask) @ events
+        if not u2i:
+            return past
+        match = dmr.match
+        query = relu(linear(match.query, np.asarray(match.position_LP[...])))
+        seen = softmax(score(match.scores, query, events), mask) @ events
+        user = relu(linear(match.user, seen))
+        rows = np.asarray(match.table.table.rows_VE[...])
+        item, cate = ids[0], ids[1] - ITEM.rows  # the second table: cate first, as in the pair
+        candidate = np.concatenate([rows[cate], rows[CATE.rows + item]])
+        return np.append(past, user @ candidate)
+
+    check(make_interest(DMR, "dmr", u2i=u2i), by_hand)
+
+
+# ---------------------------------------------------------------- DMIN
+
+
+def norm(layer, x):
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    return x * np.asarray(layer.scale[...]) + np.asarray(layer.bias[...])
+
+
+def feed(layer, x):
+    x = norm(layer.norm, x)
+    return x + linear(layer.down, relu(linear(layer.up, x)))
+
+
+def attend(layer, x, mask, heads: int):
+    """Causal self-attention among real events, the diagonal always open: [L,H,M/H]."""
+    q, k, v = (y.reshape(L, heads, -1) for y in np.split(linear(layer, x), 3, axis=1))
+    out = np.zeros_like(v)
+    for i in range(L):
+        seen = [j for j in range(L) if j == i or (j < i and mask[j])]
+        for h in range(heads):
+            w = np.exp([q[i, h] @ k[j, h] / np.sqrt(q.shape[2]) for j in seen])
+            out[i, h] = (w / w.sum()) @ v[seen, h]
+    return out
+
+
+@pytest.mark.parametrize("refiner", [False, True])
+def test_dmin_gives_an_interest_per_head(refiner):
+    def by_hand(dmin: DMIN, target, events, mask, _):
+        if refiner:
+            r = dmin.refiner
+            seen = attend(r.qkv, events, mask, 2).reshape(events.shape)
+            events = feed(r.forward, events + linear(r.out, seen))
+        seen, interests = attend(dmin.qkv, events, mask, 2), []
+        for h, head in enumerate(dmin.heads):
+            x = feed(head.forward, events + linear(head.out, seen[:, h]))
+            query = [positioned(head.query, target, i) for i in range(L)]
+            interests.append(softmax(score(head.scores, query, x), mask) @ x)
+        return np.concatenate(interests)
+
+    check(make_interest(DMIN, "dmin", heads=2, refiner=refiner), by_hand)

@@ -1,0 +1,90 @@
+"""Dense layers that the backbones share, against plain numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from noise import noisy
+
+from loopfm_jax.backbones.layers import (
+    Dice,
+    Mlp,
+    causal_mask,
+    dense,
+    dropout,
+    masked_mean,
+    masked_softmax,
+    self_attend,
+)
+
+L = 5
+
+
+def test_masked_mean_and_softmax():
+    x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    mask = jnp.array([[True, False, True], [False] * 3])
+    want = np.stack([(x[0, 0] + x[0, 2]) / 2, np.zeros(4)])
+    np.testing.assert_allclose(masked_mean(jnp.asarray(x), mask), want, rtol=1e-6)
+    weights = masked_softmax(jnp.array([[1.0, 9.0, 3.0], [1.0, 2.0, 3.0]]), mask)
+    e = np.exp([1.0, 3.0])
+    want = [[e[0] / e.sum(), 0, e[1] / e.sum()], [0, 0, 0]]
+    np.testing.assert_allclose(weights, want, rtol=1e-6)
+
+
+def test_dropout_keeps_the_mean_and_needs_a_key():
+    x = jnp.ones((200, 50))
+    assert dropout(x, 0.3, None) is x and dropout(x, 0.0, jax.random.key(0)) is x
+    y = np.asarray(dropout(x, 0.3, jax.random.key(0)))
+    assert abs((y == 0).mean() - 0.3) < 0.02 and abs(y.mean() - 1) < 0.03
+
+
+def test_dice_follows_its_formula_and_statistics_skip_padding():
+    x = np.random.default_rng(0).normal(2.0, 3.0, (2, 3, 2)).astype(np.float32)
+    mask = np.array([[True, True, False], [True, False, False]])
+    dice = Dice(2, rngs=nnx.Rngs(0))
+    dice.alpha_W[...] = jnp.array([0.3, -0.5])
+
+    def formula(mean, var):
+        p = 1 / (1 + np.exp(-(x - mean) / np.sqrt(var + 1e-9)))
+        return p * x + np.array([0.3, -0.5]) * (1 - p) * x
+
+    got = dice(jnp.asarray(x), mask=jnp.asarray(mask))
+    np.testing.assert_allclose(got, formula(0, 1), rtol=1e-5)
+    mean, var = x[mask].mean(0), x[mask].var(0)
+    got = dice(jnp.asarray(x), train=True, mask=jnp.asarray(mask))
+    np.testing.assert_allclose(got, formula(mean, var), rtol=1e-4)
+    np.testing.assert_allclose(dice.norm.mean[...], 0.01 * mean, rtol=1e-5)
+    np.testing.assert_allclose(dice.norm.var[...], 0.99 + 0.01 * var, rtol=1e-5)
+
+
+def test_mlp_returns_each_hidden_activation_then_its_output():
+    mlp = noisy(lambda rngs: Mlp(3, (5, 4), out=2, rngs=rngs))
+    x = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    want = []
+    for layer in (*mlp.layers, mlp.out):
+        x = x @ np.asarray(layer.kernel[...]) + np.asarray(layer.bias[...])
+        x = np.maximum(x, 0) if layer is not mlp.out else x
+        want.append(x)
+    got = mlp(jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_start_xavier_normal_and_biases_at_zero():
+    layer = dense(300, 200, rngs=nnx.Rngs(0))
+    assert abs(float(layer.kernel[...].std()) / np.sqrt(2 / 500) - 1) < 0.02
+    assert layer.bias is not None and (layer.bias[...] == 0).all()
+
+
+def test_events_see_the_real_past_and_themselves():
+    mask = np.array([[True, True, False, True, False]])
+    sees = np.asarray(causal_mask(jnp.asarray(mask)))[0]
+    want = [[j == i or (j < i and mask[0, j]) for j in range(L)] for i in range(L)]
+    np.testing.assert_array_equal(sees, want)
+    qkv = jax.random.normal(jax.random.key(0), (1, L, 12))
+
+    def attend(x):
+        return self_attend(x, causal_mask(jnp.asarray(mask)), heads=2).sum((0, 2, 3))
+
+    jacobian = np.abs(jax.jit(jax.jacobian(attend))(qkv)[:, 0]).sum(-1)
+    np.testing.assert_array_equal(jacobian > 0, want)

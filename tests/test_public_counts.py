@@ -1,0 +1,26 @@
+"""Parameter counts of the public runs: they pin every shape of every backbone."""
+
+from math import prod
+
+import jax
+import pytest
+from flax import nnx
+from public_schemas import PUBLIC
+
+from loopfm_jax.backbones import BACKBONES, build
+
+EVERY = [(data, name) for data in PUBLIC for name in BACKBONES]
+
+
+def count(data: str, name) -> int:
+    public = PUBLIC[data]
+    config = public.config(name)
+    abstract = nnx.eval_shape(lambda: build(config, public.schema, rngs=nnx.Rngs(0)))
+    return sum(prod(x.shape) for x in jax.tree.leaves(nnx.state(abstract, nnx.Param)))
+
+
+@pytest.mark.parametrize(("data", "name"), EVERY, ids=[f"{n}-{d}" for d, n in EVERY])
+def test_parameter_count_is_the_public_one(data, name):
+    public = PUBLIC[data]
+    _, published = public.models[name]
+    assert count(data, name) + public.unread.get(name, 0) == published
