@@ -31,6 +31,15 @@ def test_masked_mean_and_softmax():
     np.testing.assert_allclose(weights, want, rtol=1e-6)
 
 
+def test_a_single_event_has_weight_one_whatever_its_score():
+    mask = jnp.array([[False, True, False], [True, True, False]])
+    slope = jax.jacobian(lambda scores: masked_softmax(scores, mask))(jnp.array([[1.0, 2, 3]] * 2))
+    assert not np.asarray(slope[0]).any()
+    p = 1 / (1 + np.exp(1.0))
+    want = p * (1 - p) * np.array([[1, -1], [-1, 1]])
+    np.testing.assert_allclose(slope[1, :2, 1, :2], want, rtol=1e-5)
+
+
 def test_dropout_keeps_the_mean_and_needs_a_key():
     x = jnp.ones((200, 50))
     assert dropout(x, 0.3, None) is x and dropout(x, 0.0, jax.random.key(0)) is x

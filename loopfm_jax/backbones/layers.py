@@ -83,8 +83,9 @@ def masked_softmax(scores_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
     scores_BL = jnp.where(mask_BL, wide(scores_BL), jnp.finfo(jnp.float32).min)
     peak_B1 = jax.lax.stop_gradient(scores_BL.max(1, keepdims=True))
     weights_BL = jnp.where(mask_BL, jnp.exp(scores_BL - peak_B1), 0)
-    # With any event the sum is at least exp(0), so this bound only acts on empty histories.
-    return weights_BL / jnp.maximum(weights_BL.sum(1, keepdims=True), 1)
+    # Not maximum(sum, 1): a single event's sum is 1, where that halves the gradient.
+    total_B1 = weights_BL.sum(1, keepdims=True)
+    return weights_BL / jnp.where(total_B1 > 0, total_B1, 1)
 
 
 def causal_mask(mask_BL: jax.Array) -> jax.Array:
