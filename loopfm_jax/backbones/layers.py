@@ -147,7 +147,10 @@ def stack_fields(
 
 
 def batch_norm(width: int, *, rngs: nnx.Rngs) -> nnx.BatchNorm:
-    """Batch norm as public runs have it: affine, a tenth of each batch into the statistics."""
+    """Batch norm as public runs have it: affine, a tenth of each batch into the statistics.
+
+    One difference: running variances average the biased one, torch's the one over n - 1.
+    """
     return nnx.BatchNorm(width, momentum=0.9, epsilon=1e-5, rngs=rngs)
 
 
@@ -155,7 +158,8 @@ class Dice(nnx.Module):
     """`p x + alpha (1 - p) x`, p = sigmoid(batch norm of x) (DIN, arXiv 1706.06978, section 5.3).
 
     Statistics are taken over real positions only; the public code (PAPER section 5) lets padding
-    in. Its constants are kept: no affine part, 1 % of each batch, epsilon 1e-9.
+    in. Its constants are kept: no affine part, 1 % of each batch, epsilon 1e-9. Running variances
+    differ as in `batch_norm`.
     """
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
