@@ -28,9 +28,9 @@ from loopfm_jax.data.batches import OrderConfig
 from loopfm_jax.data.kuairand import KuaiRandPure
 from loopfm_jax.data.raw import Windows
 from loopfm_jax.fm.teacher import FMConfig
+from loopfm_jax.history.encoders import EncoderConfig
 from loopfm_jax.loop import TrainConfig
 from loopfm_jax.tables import TableConfig
-from loopfm_jax.vm.encoders import EncoderConfig
 from loopfm_jax.vm.student import DistilConfig, VMConfig
 
 WINDOWS = Windows(

@@ -13,10 +13,10 @@ from loopfm_jax.config import Config
 from loopfm_jax.data.batches import OrderConfig
 from loopfm_jax.data.synthetic import Synthetic
 from loopfm_jax.fm.teacher import FMConfig
+from loopfm_jax.history.encoders import EncoderConfig
 from loopfm_jax.history.store import HistoryConfig
 from loopfm_jax.loop import TrainConfig
 from loopfm_jax.tables import TableConfig
-from loopfm_jax.vm.encoders import EncoderConfig
 from loopfm_jax.vm.student import VMConfig
 
 TABLES = TableConfig(width=16, init_std=0.01)

@@ -62,13 +62,16 @@ def train_vm(flow: Flow) -> dict[str, Any]:
     config, trained = flow.config, {}
     seeds = range(config.seed, config.seed + config.seeds)
     for method in dict.fromkeys(("base", *config.methods)):
-        trained[method] = [_without_curve(flow.train_vm(method, seed)) for seed in seeds]
+        own = flow.for_method(method)
+        if own != flow:
+            say(f"{method}: another FM")
+            own.teach()
+        trained[method] = [_without_curve(own.train_vm(method, seed)) for seed in seeds]
     for control in config.control:
         other, histories = results.controlled(flow, control)
         if other is not flow:
             say(f"control {control}: another FM")
-            for stage in (other.train_fm, other.export, other.structure):
-                stage()
+            other.teach()
         for seed in seeds:
             other.train_vm(results.CONTROL_METHOD, seed, histories)
     return trained

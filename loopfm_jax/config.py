@@ -11,7 +11,7 @@ from loopfm_jax.data.raw import Holdout
 from loopfm_jax.data.synthetic import Synthetic
 from loopfm_jax.data.tabular import TabularLog
 from loopfm_jax.errors import UserError, check_limits
-from loopfm_jax.fm.export import ExportConfig
+from loopfm_jax.fm.exporter import ExportConfig
 from loopfm_jax.fm.teacher import FMConfig
 from loopfm_jax.history.store import HistoryConfig
 from loopfm_jax.sharding import MeshConfig

@@ -6,40 +6,51 @@ Each function makes one stage unless it is up to date, and returns its manifest.
 place where FM and VM are in one room; they meet through what is on disk.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import Any, Literal
 
 from loopfm_jax import stages
 from loopfm_jax.config import Config, as_json
 from loopfm_jax.data.log import load
 from loopfm_jax.data.prepare import prepare
 from loopfm_jax.fm.export import export
-from loopfm_jax.fm.train import Labels, train_fm
-from loopfm_jax.history.store import structure
+from loopfm_jax.fm.train import train_fm
+from loopfm_jax.history.keys import key_values
+from loopfm_jax.history.store import open_export, structure
 from loopfm_jax.progress import say
 from loopfm_jax.sharding import make_mesh
 from loopfm_jax.stages import Report, Stage
 from loopfm_jax.vm.methods import find_method
-from loopfm_jax.vm.train import Histories, open_examples, train_vm
+from loopfm_jax.vm.train import open_examples, train_vm
+
+Teacher = Literal["fm", "shuffled-labels", "first-round", "self"]
+"""Whose codes: the FM's; those of one that learned nothing true (a control); of the first of two
+rounds, whose FM sees half of the FM window; of the second, whose FM reads the first one's codes."""
+FOLDERS = {
+    "fm": ".",
+    "shuffled-labels": "controls/shuffled-labels",
+    "first-round": "self/first_round",
+    "self": "self",
+}
+Histories = Literal["own", "swapped"]
 
 
 @dataclass(frozen=True)
 class Flow:
-    """An experiment's folders. `labels = shuffled` is the control whose FM learns nothing true."""
+    """An experiment's folders, for one of its teachers."""
 
     config: Config
-    labels: Labels = "true"
+    taught_by: Teacher = "fm"
 
     @property
     def root(self) -> Path:
         return self.config.workdir
 
     @property
-    def _branch(self) -> Path:
-        return self.root if self.labels == "true" else self.root / "controls" / "shuffled-labels"
+    def branch(self) -> Path:
+        return self.root / FOLDERS[self.taught_by]
 
     @property
     def data(self) -> Path:
@@ -47,22 +58,34 @@ class Flow:
 
     @property
     def teacher(self) -> Path:
-        return self._branch / "fm" / "teacher"
+        return self.branch / "fm" / "teacher"
 
     @property
     def exported(self) -> Path:
-        return self._branch / "fm" / "export"
+        return self.branch / "fm" / "export"
 
     @property
     def history(self) -> Path:
-        return self._branch / "history"
+        return self.branch / "history"
+
+    def of(self, teacher: Teacher) -> "Flow":
+        return Flow(self.config, teacher)
+
+    def for_method(self, method: str) -> "Flow":
+        """The flow whose histories a method reads."""
+        return self.of(find_method(method).teacher)
+
+    @property
+    def read_by_teacher(self) -> Path | None:
+        """The histories that the teacher itself reads."""
+        return self.of("first-round").history if self.taught_by == "self" else None
 
     def judged(self, branch: Path) -> Path:
         """Where VMs and reports go: a choice made on the validation window has its own folder."""
         return branch if self.config.holdout == "test" else branch / "validation"
 
     def vm(self, method: str, seed: int, histories: Histories = "own") -> Path:
-        branch = self._branch if histories == "own" else self.root / "controls/swapped-histories"
+        branch = self.branch if histories == "own" else self.root / "controls/swapped-histories"
         return self.judged(branch) / "vm" / method / f"seed_{seed}"
 
     def prepare(self) -> Report:
@@ -89,11 +112,15 @@ class Flow:
 
     def train_fm(self) -> Report:
         config = self.config
+        told: dict[str, Any] = {
+            "labels": "shuffled" if self.taught_by == "shuffled-labels" else "true",
+            "span": "first-half" if self.taught_by == "first-round" else "whole",
+        }
         stage = Stage(
             "train-fm",
             self.teacher,
-            {"fm": as_json(config.fm), "seed": config.seed, "labels": self.labels},
-            inputs={"data": self.data},
+            {"fm": as_json(config.fm), "seed": config.seed, **told},
+            inputs={"data": self.data, **self._read_by_teacher},
             resumable=True,
         )
 
@@ -104,7 +131,8 @@ class Flow:
                 mesh=make_mesh(config.mesh),
                 seed=config.seed,
                 directory=directory,
-                labels=self.labels,
+                history=self.read_by_teacher,
+                **told,
             )
 
         return self._run(stage, work)
@@ -114,8 +142,8 @@ class Flow:
         stage = Stage(
             "export",
             self.exported,
-            {"export": as_json(config.export)},
-            inputs={"data": self.data, "teacher": self.teacher},
+            {"export": as_json(config.export), "seed": config.seed},
+            inputs={"data": self.data, "teacher": self.teacher, **self._read_by_teacher},
         )
 
         def work(directory: Path) -> Report:
@@ -124,11 +152,17 @@ class Flow:
                 self.teacher,
                 config.export,
                 config.fm,
+                seed=config.seed,
                 mesh=make_mesh(config.mesh),
                 directory=directory,
+                history=self.read_by_teacher,
             )
 
         return self._run(stage, work)
+
+    @property
+    def _read_by_teacher(self) -> Mapping[str, Path]:
+        return {"history": self.read_by_teacher} if self.read_by_teacher else {}
 
     def structure(self) -> Report:
         config = self.config
@@ -142,58 +176,61 @@ class Flow:
         )
 
         def work(directory: Path) -> Report:
-            log, splits = load(self.data)
-            rows = slice(splits["vm"].start, splits["test"].stop)
-            exported = stages.verify(self.exported)["facts"]
-            arrays = {
-                name: np.load(self.exported / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-                for name in ("codes", "soft")
-            }
-            facts = structure(
-                **arrays,
-                key=log["key"][rows],
+            log, _ = load(self.data)
+            exported = open_export(self.exported, stages.verify(self.exported)["facts"])
+            rows = slice(exported.facts["first"], len(log))
+            keys = key_values(log, config.history.keys)
+            return structure(
+                exported,
+                {name: key[rows] for name, key in keys.items()},
                 time=log["time"][rows],
                 logged_time=log["logged_time"][rows],
                 outcome=log["label"][rows],
                 config=config.history,
                 directory=directory,
             )
-            kept = {name: exported[name] for name in ("code", "width", "cutoff_ms")}
-            return facts | kept | {"longest": config.history.length}
 
         return self._run(stage, work)
+
+    def teach(self) -> None:
+        """Everything between the prepared log and the VMs."""
+        if self.taught_by == "self":
+            self.of("first-round").teach()
+        for stage in (self.train_fm, self.export, self.structure):
+            stage()
 
     def train_vm(self, method: str, seed: int, histories: Histories = "own") -> Report:
         config = self.config
         found = find_method(method, side=config.history.side)
+        inputs = {"data": self.data, "history": self.history}
+        if found.features or "fitnets" in found.heads:
+            inputs["export"] = self.exported
         stage = Stage(
             "train-vm",
             self.vm(method, seed, histories),
             {
                 "vm": as_json(config.vm),
-                "method": method,
-                "side": list(found.side),
+                "method": as_json(found),
                 "seed": seed,
                 "histories": histories,
                 "holdout": config.holdout,
             },
-            inputs={"data": self.data, "history": self.history},
+            inputs=inputs,
             resumable=True,
         )
 
         def work(directory: Path) -> Report:
-            facts = stages.verify(self.history)["facts"]
             examples = open_examples(
                 self.data,
                 self.history,
-                facts,
+                self.exported,
+                stages.verify(self.history)["facts"],
                 config.vm,
                 found,
-                histories=histories,
+                swap=histories == "swapped",
             )
             return train_vm(
                 examples,
-                facts,
                 config.vm,
                 mesh=make_mesh(config.mesh),
                 seed=seed,

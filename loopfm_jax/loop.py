@@ -7,7 +7,7 @@ position in the data, so a resumed run ends bit-equal to one that was never inte
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,6 +32,8 @@ class State:
     """What a step changes. `rest` is all that is not trained by gradient (running statistics)."""
 
     step: jax.Array
+    seed: jax.Array
+    """In the state, not in the program: every seed runs the same compiled step."""
     params: Any
     rest: Any
     optimiser: Any
@@ -79,6 +81,7 @@ def train(
     seed: int,
     directory: Path,
     constants: Any = (),
+    start: nnx.Module | None = None,
     title: str = "train",
 ) -> Trained:
     """Trains over `rows`, from the last checkpoint under `directory` if there is one.
@@ -87,12 +90,16 @@ def train(
       rows: row numbers of the window, in time order.
       assemble: row numbers -> batch.
       constants: arrays on the device that every step reads (a history store).
+      start: a model to go on from, with a fresh optimiser; default: a new one.
     """
     _check_batch(config.order.batch, mesh)
     source = GlobalBatches(rows, assemble, config=config.order, seed=seed)
     graphdef, state, shardings = create(task.build, config.optim, mesh, seed)
+    if start is not None:
+        params, rest = jax.tree.map(jnp.copy, _parts(start))  # the step donates what it is given
+        state = jax.device_put(replace(state, params=params, rest=rest), shardings)
     step = jax.jit(
-        _step(graphdef, task.loss, config.optim, seed),
+        _step(graphdef, task.loss, config.optim),
         donate_argnums=0,
         out_shardings=(shardings, None),
     )
@@ -120,13 +127,14 @@ def create(
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
     optimiser = make_optimiser(optim)
 
-    def init(key: jax.Array) -> State:
-        params, rest = _parts(build(nnx.Rngs(key)))
-        return State(jnp.zeros((), jnp.int32), params, rest, optimiser.init(params))
+    def init(seed: jax.Array) -> State:
+        params, rest = _parts(build(nnx.Rngs(jax.random.key(seed))))
+        step = jnp.zeros((), jnp.int32)
+        return State(step, seed, params, rest, optimiser.init(params))
 
-    key = jax.random.key(seed)
-    shardings = sharding.for_state(mesh, jax.eval_shape(init, key))
-    return graphdef, jax.jit(init, out_shardings=shardings)(key), shardings
+    number = jnp.asarray(seed, jnp.uint32)
+    shardings = sharding.for_state(mesh, jax.eval_shape(init, number))
+    return graphdef, jax.jit(init, out_shardings=shardings)(number), shardings
 
 
 def _parts(model: nnx.Module) -> tuple[Any, Any]:
@@ -134,11 +142,11 @@ def _parts(model: nnx.Module) -> tuple[Any, Any]:
     return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
 
 
-def _step(graphdef: Any, loss: Any, optim: OptimConfig, seed: int) -> Callable[..., Any]:
+def _step(graphdef: Any, loss: Any, optim: OptimConfig) -> Callable[..., Any]:
     optimiser = make_optimiser(optim)
 
     def step(state: State, batch: dict[str, jax.Array], constants: Any) -> tuple[State, Any]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
 
         def objective(params: Any) -> tuple[jax.Array, Any]:
             model = nnx.merge(graphdef, params, state.rest)
@@ -148,7 +156,7 @@ def _step(graphdef: Any, loss: Any, optim: OptimConfig, seed: int) -> Callable[.
         gradients, (numbers, rest) = jax.grad(objective, has_aux=True)(state.params)
         updates, moments = optimiser.update(gradients, state.optimiser, state.params)
         params = jax.tree.map(lambda p, u: p + u, state.params, updates)
-        return State(state.step + 1, params, rest, moments), numbers
+        return State(state.step + 1, state.seed, params, rest, moments), numbers
 
     return step
 

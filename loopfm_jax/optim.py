@@ -29,7 +29,10 @@ class OptimConfig:
 def make_optimiser(config: OptimConfig) -> optax.GradientTransformation:
     return optax.chain(
         optax.add_decayed_weights(config.embedding_l2, mask=_tables),
-        optax.clip_by_global_norm(config.clip_norm),
+        optax.partition(
+            {part: optax.clip_by_global_norm(config.clip_norm) for part in ("model", "compressor")},
+            _part,  # a compressor trains beside the FM and must not weaken its updates
+        ),
         optax.adam(config.learning_rate, eps=1e-8),
     )
 
@@ -37,4 +40,11 @@ def make_optimiser(config: OptimConfig) -> optax.GradientTransformation:
 def _tables(params: Any) -> Any:
     return jax.tree.map_with_path(
         lambda path, _: bool(re.search(r"rows_VE|numeric_NE", jax.tree_util.keystr(path))), params
+    )
+
+
+def _part(params: Any) -> Any:
+    return jax.tree.map_with_path(
+        lambda path, _: "compressor" if "compressors" in jax.tree_util.keystr(path) else "model",
+        params,
     )

@@ -9,10 +9,9 @@ import numpy as np
 
 from loopfm_jax import evaluate, stages
 from loopfm_jax.data.log import load
-from loopfm_jax.flow import Flow
+from loopfm_jax.flow import Flow, Histories
 from loopfm_jax.metrics import measure
 from loopfm_jax.stages import Report
-from loopfm_jax.vm.train import Histories
 
 CONTROL_METHOD = "loopfm"
 
@@ -23,14 +22,16 @@ def collect(flow: Flow, *, command: str = "") -> Report:
     log, splits = load(flow.data)
     rows = splits[config.holdout]
     label, key = log["label"][rows].astype(np.float64), log["key"][rows]
-    manifests = {m: _manifests(flow, m) for m in dict.fromkeys(("base", *config.methods))}
-    predictions = {m: _predictions(flow, m) for m in manifests}
+    flows = {m: flow.for_method(m) for m in dict.fromkeys(("base", *config.methods))}
+    manifests = {m: _manifests(flows[m], m) for m in flows}
+    predictions = {m: _predictions(flows[m], m) for m in flows}
     table = evaluate.compare(predictions, label=label, key=key)
     for method, row in table.items():
         row |= _training(manifests[method])
     exported = slice(rows.start - splits["vm"].start, rows.stop - splits["vm"].start)
     soft = np.load(flow.exported / "soft.npy", allow_pickle=False)[exported]
-    lengths = np.load(flow.history / "length.npy", allow_pickle=False)[exported]
+    shown = flow.history / config.history.keys[0] / "length.npy"
+    lengths = np.load(shown, allow_pickle=False)[exported]
     prepared = stages.verify(flow.data)["facts"]
     teacher = stages.verify(flow.teacher)
     return {
@@ -107,7 +108,7 @@ def controlled(flow: Flow, control: str) -> tuple[Flow, Histories]:
     """Where a control's VM comes from: other histories, or another FM."""
     if control == "swapped-histories":
         return flow, "swapped"
-    return Flow(flow.config, labels="shuffled"), "own"
+    return flow.of("shuffled-labels"), "own"
 
 
 def _history(flow: Flow, test_lengths: np.ndarray) -> dict[str, Any]:

@@ -24,13 +24,17 @@ from loopfm_jax.data.prepare import prepare
 from loopfm_jax.data.raw import Card, Column, RawLog, Windows
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.data.synthetic import START_MS
-from loopfm_jax.history.store import HistoryConfig
+from loopfm_jax.history import reader
+from loopfm_jax.history.codes import Codec
+from loopfm_jax.history.encoders import EncoderConfig
+from loopfm_jax.history.reader import Past, Reading
+from loopfm_jax.history.store import OWN, HistoryConfig
+from loopfm_jax.sharding import MeshConfig, make_mesh
 from loopfm_jax.stages import Stage
 from loopfm_jax.tables import TableConfig
-from loopfm_jax.vm import student, train
-from loopfm_jax.vm.encoders import EncoderConfig
-from loopfm_jax.vm.methods import METHODS
-from loopfm_jax.vm.student import History, Student, VMConfig
+from loopfm_jax.vm import train
+from loopfm_jax.vm.methods import find_method
+from loopfm_jax.vm.student import Student, VMConfig
 
 DELAY_MS, RETENTION_MS, LONGEST, PAST = 4_000, 90_000, 3, 4
 SLICES = HistoryConfig(
@@ -44,7 +48,15 @@ VM = VMConfig(
     ),
     encoder=EncoderConfig(width=4, heads=2, score_hidden=(4,)),
 )
-METHOD = METHODS["kd+loopfm+outcome"]
+METHOD = find_method("kd+loopfm+outcome")
+TAP = "hidden_0"
+READING = Reading(
+    contents=METHOD.contents,
+    keys=(OWN,),
+    side=METHOD.side,
+    codecs={TAP: Codec("fp32", CODE_WIDTH)},
+    tap=TAP,
+)
 
 
 def made_up_log() -> RawLog:
@@ -70,36 +82,50 @@ def made_up_log() -> RawLog:
     )
 
 
+def stored_codes(past: Past):
+    return past.entries[OWN].codes[TAP]
+
+
+def changed(past: Past, *, codes, outcome=None) -> Past:
+    entries = replace(past.entries[OWN], codes={TAP: codes})
+    if outcome is not None:
+        entries = replace(entries, outcome=outcome)
+    return replace(past, entries={OWN: entries})
+
+
 @cache
 def compiled(what: str, schema: Schema, pack):
-    """A program over (batch, history): serving logits [B]; their slopes by the stored numbers
+    """A program over (batch, past): serving logits [B]; their slopes by the stored numbers
     [B,S,Z]; or the logits [S,B] after each stored row in turn was turned over. `pack` is the
     student's own at this moment: with another one it is another program."""
-    assert pack is student.pack
+    assert pack is reader.pack
     graphdef, params, rest = parts(
-        noisy(lambda rngs: Student(schema, VM, METHOD, code_width=CODE_WIDTH, rngs=rngs))
+        noisy(lambda rngs: Student(schema, VM, METHOD, READING, rngs=rngs))
     )
 
-    def logits(batch, history: History):
-        return nnx.merge(graphdef, params, rest)(batch, history)[0]
+    def logits(batch, past: Past):
+        return nnx.merge(graphdef, params, rest)(batch, past).logits_B
 
-    def slopes(batch, history: History):
+    def slopes(batch, past: Past):
         values, backward = jax.vjp(
-            lambda stored: logits(batch, history.replace(codes=stored)), history.codes
+            lambda stored: logits(batch, changed(past, codes=stored)), stored_codes(past)
         )
         return jax.vmap(backward)(jnp.eye(len(values)))[0]
 
-    def turned_over(batch, history: History):
+    def turned_over(batch, past: Past):
+        codes, outcome = stored_codes(past), past.entries[OWN].outcome
+
         def turn(row):
             return logits(
                 batch,
-                history.replace(
-                    codes=history.codes.at[row].set(~history.codes[row]),
-                    outcome=history.outcome.at[row].set(1 - history.outcome[row]),
+                changed(
+                    past,
+                    codes=codes.at[row].set(~codes[row]),
+                    outcome=outcome.at[row].set(1 - outcome[row]),
                 ),
             )
 
-        return jax.lax.map(turn, jnp.arange(len(history.codes)))
+        return jax.lax.map(turn, jnp.arange(len(codes)))
 
     program = {"logits": logits, "slopes": slopes, "turned over": turned_over}[what]
     return jax.jit(program)
@@ -128,9 +154,12 @@ class World:
             rows = len(world.exported)
             codes = np.random.default_rng(1).normal(size=(rows, CODE_WIDTH)).astype(np.float32)
             codes[:, 0] = np.arange(rows) / rows  # so a stored row can be recognised
-            np.save(directory / "codes.npy", codes)
+            np.save(directory / f"codes_{TAP}.npy", codes)
             np.save(directory / "soft.npy", np.linspace(0, 1, rows, dtype=np.float32))
-            return {"code": "fp32", "width": CODE_WIDTH, "cutoff_ms": START_MS}
+            first = int(world.exported[0])
+            cutoffs = [[int(world.log["time"][first]), START_MS]]
+            facts = {"taps": [TAP], "first": first, "cutoffs": cutoffs}
+            return {"code": "fp32", "width": CODE_WIDTH, **facts}
 
         stages.run(Stage("prepare", world.flow.data, {}), make_data)
         data = {"data": world.flow.data}
@@ -154,22 +183,21 @@ class World:
         """Rows of the log that are examples and store entries: the VM and test windows."""
         return np.arange(self.loaded[1]["vm"].start, len(self.log))
 
-    def examples(self, *, histories: train.Histories = "own") -> train.Examples:
+    def examples(self, *, swap: bool = False) -> train.Examples:
         """Structures the export anew and joins it, by whatever the code says now."""
-        facts = self.flow.structure()["facts"]
+        facts, flow = self.flow.structure()["facts"], self.flow
         return train.open_examples(
-            self.flow.data, self.flow.history, facts, VM, METHOD, histories=histories
+            flow.data, flow.history, flow.exported, facts, VM, METHOD, swap=swap
         )
 
     def batch_of(self, examples: train.Examples):
         batch = examples.batch(self.exported)
-        assert len(batch["slot_T"]) >= batch["length_B"].sum()
-        return batch | {"slot_T": np.zeros(SLOTS, np.uint8)}
+        own = batch["slices"][OWN]
+        assert len(own["slot_T"]) >= own["length_B"].sum()
+        return batch | {"slices": {OWN: own | {"slot_T": np.zeros(SLOTS, np.uint8)}}}
 
-    def history_of(self, examples: train.Examples) -> History:
-        store = examples.store
-        arrays = (np.asarray(x) for x in (store.codes, store.seconds, store.outcome))
-        return History(*arrays, code="fp32", width=CODE_WIDTH, longest=LONGEST)
+    def past_of(self, examples: train.Examples) -> Past:
+        return examples.join.past(make_mesh(MeshConfig()), encoder=VM.encoder.name)
 
     def relabelled(self, monkeypatch, label: np.ndarray) -> None:
         """From now on the log on disk seems to hold other labels."""
@@ -216,27 +244,28 @@ def matrix(seen: list[list[int]]) -> np.ndarray:
     return result
 
 
-def names(history: History) -> np.ndarray:
+def names(past: Past) -> np.ndarray:
     """The exported row behind every stored one, by what its code says."""
-    return np.rint(np.asarray(history.codes)[:, 0] * len(history.codes)).astype(int)
+    codes = np.asarray(stored_codes(past))
+    return np.rint(codes[:, 0] * len(codes)).astype(int)
 
 
 def depends(world: World, examples: train.Examples) -> np.ndarray:
     """[examples, exported rows]: whose logit has a slope by whose code."""
-    history = world.history_of(examples)
-    slopes = compiled("slopes", world.schema, student.pack)
-    slopes_BSZ = slopes(world.batch_of(examples), history)
+    past = world.past_of(examples)
+    slopes = compiled("slopes", world.schema, reader.pack)
+    slopes_BSZ = slopes(world.batch_of(examples), past)
     result = np.zeros((len(world.exported),) * 2, bool)
-    result[:, names(history)] = (np.asarray(slopes_BSZ) != 0).any(axis=2)
+    result[:, names(past)] = (np.asarray(slopes_BSZ) != 0).any(axis=2)
     return result
 
 
 def order_seen(world: World, examples: train.Examples) -> list[list[int]]:
     """Exported rows in every example's tokens, in the order of their ranks."""
-    batch, history = world.batch_of(examples), world.history_of(examples)
-    tokens = student.pack(batch["end_B"], batch["length_B"], slots=SLOTS, longest=LONGEST)
+    own, past = world.batch_of(examples)["slices"][OWN], world.past_of(examples)
+    tokens = reader.pack(own["end_B"], own["length_B"], slots=SLOTS, longest=LONGEST)
     real = np.asarray(tokens.real_T)
-    rows = names(history)[np.asarray(tokens.row_T)[real]]
+    rows = names(past)[np.asarray(tokens.row_T)[real]]
     segment, rank = np.asarray(tokens.segment_T)[real], np.asarray(tokens.rank_T)[real]
     order = np.lexsort((rank, segment))
     return [rows[order][segment[order] == b].tolist() for b in range(tokens.examples)]
@@ -244,8 +273,8 @@ def order_seen(world: World, examples: train.Examples) -> list[list[int]]:
 
 def logits(world: World) -> np.ndarray:
     examples = world.examples()
-    run = compiled("logits", world.schema, student.pack)
-    return np.asarray(run(world.batch_of(examples), world.history_of(examples)))
+    run = compiled("logits", world.schema, reader.pack)
+    return np.asarray(run(world.batch_of(examples), world.past_of(examples)))
 
 
 def mutated(module: ModuleType, old: str, new: str) -> ModuleType:

@@ -29,7 +29,7 @@ OPTIONS = {
     "option of another data set": (["--data.raw-dir", "/tmp"], ["--data.raw-dir"]),
     "not a number": (["--data.rows", "many"], ["--data.rows", "'many'"]),
     "too few rows": (["--data.rows", "50"], ["50", "between 100 and 5e+07", "--data.rows"]),
-    "unknown method": (["--methods", "base", "lopfm"], ["'lopfm'", "kd+loopfm"]),
+    "unknown method": (["--methods", "base", "lopfm"], ["'lopfm'", "did you mean 'loopfm'"]),
     "unknown control": (["--control", "nothing"], ["'nothing'", "swapped-histories"]),
     "unknown backbone": (["--fm.backbone.name", "dcn"], ["'dcn'", "dmin"]),
     "negative seed": (["--seed", "-1"], ["config.seed is -1", "at least 0"]),
@@ -171,8 +171,8 @@ def test_a_batch_that_the_mesh_does_not_divide(loopfm):
 
 
 def test_an_unknown_tap(loopfm):
-    message = loopfm.refuse("run", "--fm.tap", "hidden_7", leaves=prepared_files(loopfm))
-    has(message, "'hidden_7'", "embedding, hidden_0, all")
+    message = loopfm.refuse("run", "--fm.taps", "hidden_7", leaves=prepared_files(loopfm))
+    has(message, "'hidden_7'", "embedding, hidden_0, all, item")
 
 
 WRITES = {

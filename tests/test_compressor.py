@@ -1,7 +1,7 @@
 """The compressor: apart from the FM, usable at every prefix, standardised whatever the scale."""
 
+from dataclasses import replace
 from functools import cache, partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,9 @@ from loopfm_jax.data.schema import Field, Schema
 from loopfm_jax.errors import UserError
 from loopfm_jax.fm import teacher
 from loopfm_jax.fm.compressor import Compressor, CompressorConfig, Standardise
-from loopfm_jax.fm.export import ExportConfig, export
+from loopfm_jax.fm.exporter import ExportConfig, code_width
 from loopfm_jax.fm.teacher import FMConfig, Teacher
-from loopfm_jax.history import codes
-from loopfm_jax.sharding import MeshConfig, make_mesh
+from loopfm_jax.history.codes import Codec, quantise
 from loopfm_jax.tables import TableConfig
 
 B, D, Z = 32, 12, 6
@@ -161,7 +160,7 @@ def test_codes_do_not_depend_on_the_scale_of_the_activations(scale, offset):
     z_BZ = compress(offset + scale * e_BD, rest, train=False)[0]
     plain_BZ = compress(e_BD, plain_rest, train=False)[0]
     np.testing.assert_allclose(z_BZ, plain_BZ, atol=0.05)
-    assert len(np.unique(codes.quantise(plain_BZ, "int8"))) > 50
+    assert len(np.unique(quantise(plain_BZ, Codec("int8", plain_BZ.shape[1])))) > 50
 
 
 def test_inference_changes_no_statistics_and_looks_at_one_row_at_a_time():
@@ -219,10 +218,10 @@ def test_codes_of_the_teacher_come_from_its_tap():
     model = noisy(
         lambda rngs: Teacher(Schema(fields=(Field("user", 7), Field("item", 9))), FM, rngs=rngs)
     )
-    assert model.compressor.encode_in.in_features == D
-    with pytest.raises(UserError, match=r"no tap 'hidden_9': fm.tap is one of embedding, hidden_0"):
-        model.tap = "hidden_9"
-        model._read_tap({"embedding": 0, "hidden_0": 0, "hidden_1": 0})
+    assert [c.encode_in.in_features for c in model.compressors] == [D]
+    wrong = replace(FM, taps=("hidden_0", "hidden_9"))
+    with pytest.raises(UserError, match=r"no tap 'hidden_9': fm.taps are some of embedding"):
+        noisy(lambda rngs: Teacher(Schema(fields=(Field("user", 7),)), wrong, rngs=rngs))
 
 
 # --------------------------------------------------------------------------------- mistakes
@@ -246,6 +245,5 @@ def test_an_exported_prefix_fits_its_code():
     for knobs in ({"prefix": -1}, {"batch": 0}):
         with pytest.raises(UserError, match="export."):
             ExportConfig(**knobs)
-    nowhere, mesh = Path("nowhere"), make_mesh(MeshConfig())
     with pytest.raises(UserError, match="export.prefix is 7, but a code has only .* = 6 numbers"):
-        export(nowhere, nowhere, ExportConfig(prefix=7), FM, mesh=mesh, directory=nowhere)
+        code_width(ExportConfig(prefix=7), FM)

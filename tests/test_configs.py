@@ -19,10 +19,10 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_loads_and_takes_options(path: Path) -> None:
-    options = "--seeds 3 --fm.tap all --vm.backbone.name dmin --history.side outcome age"
+    options = "--seeds 3 --fm.taps all item --vm.backbone.name dmin --history.side outcome age"
     config = cli.parse(path, options.split())
     assert config.history.side == ("outcome", "age")
-    assert (config.seeds, config.fm.tap, config.vm.backbone.name) == (3, "all", "dmin")
+    assert (config.seeds, config.fm.taps, config.vm.backbone.name) == (3, ("all", "item"), "dmin")
     assert as_json(config)["seeds"] == 3
     assert path.read_text().startswith('"""'), "a docstring with command, hardware, result, date"
 
@@ -33,7 +33,7 @@ def test_help_is_complete(path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         cli.parse(path, ["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for option in ("--seeds", "--mesh.data", "--fm.tap", "--vm.distil.alpha", "--history.length"):
+    for option in ("--seeds", "--mesh.data", "--fm.taps", "--vm.distil.alpha", "--history.length"):
         assert option in text
 
 

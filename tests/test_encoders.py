@@ -11,7 +11,7 @@ from noise import named, noisy
 
 from loopfm_jax.errors import UserError
 from loopfm_jax.history import packing
-from loopfm_jax.vm.encoders import ENCODERS, Dmin, EncoderConfig, Score
+from loopfm_jax.history.encoders import ENCODERS, Dmin, EncoderConfig, Score
 
 B, L, T, N, X, Q, W = 5, 4, 23, 14, 6, 3, 8
 CONFIG = EncoderConfig(width=W, heads=2, score_hidden=(7, 5))

@@ -3,6 +3,7 @@
 Every check says who influences whom exactly, so it also fails where somebody sees too little.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -10,11 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from leak_world import (
+    CODE_WIDTH,
     DELAY_MS,
     LONGEST,
     METHOD,
+    TAP,
     VM,
     World,
+    changed,
     compiled,
     depends,
     logits,
@@ -22,14 +26,16 @@ from leak_world import (
     mutated,
     names,
     order_seen,
+    stored_codes,
 )
 
 from loopfm_jax import flow, inputs
 from loopfm_jax.errors import UserError
 from loopfm_jax.fm.train import known_rows
-from loopfm_jax.history import codes, packing, slices, store
+from loopfm_jax.history import codes, join, packing, reader, slices, store
+from loopfm_jax.history.codes import Codec
 from loopfm_jax.history.slices import SliceConfig
-from loopfm_jax.vm import student, train
+from loopfm_jax.vm import train
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +88,7 @@ def check_behaviours(world: World, _) -> None:
 
 def check_swapped(world: World, _) -> None:
     """By gradient: swapped histories are as long as before, and all of other keys."""
-    examples = world.examples(histories="swapped")
+    examples = world.examples(swap=True)
     key, sees = world.log["key"][world.exported], depends(world, examples)
     assert not (sees & (key[:, None] == key)).any()
     np.testing.assert_array_equal(sees.sum(axis=1), [len(s) for s in world.may_see()])
@@ -103,14 +109,15 @@ def test_no_label_of_the_log_leaks(world, monkeypatch):
 def test_turning_a_stored_row_over_changes_exactly_who_may_see_it(world):
     """By perturbation of INT4 codes and outcomes on the device."""
     examples = world.examples()
-    history, batch = world.history_of(examples), world.batch_of(examples)
-    int4 = np.asarray(codes.quantise(np.tanh(history.codes), "int4"))
-    stored = history.replace(codes=int4, code="int4")
-    before = compiled("logits", world.schema, student.pack)(batch, stored)
-    after_SB = compiled("turned over", world.schema, student.pack)(batch, stored)
+    past, batch = world.past_of(examples), world.batch_of(examples)
+    codec = Codec("int4", CODE_WIDTH)
+    int4 = codes.quantise(np.tanh(stored_codes(past)), codec)
+    stored = replace(changed(past, codes=int4), codecs={TAP: codec})
+    before = compiled("logits", world.schema, reader.pack)(batch, stored)
+    after_SB = compiled("turned over", world.schema, reader.pack)(batch, stored)
     changed_SB = np.asarray(after_SB) != np.asarray(before)
     expected = matrix(world.may_see())
-    np.testing.assert_array_equal(changed_SB.T, expected[:, names(history)])
+    np.testing.assert_array_equal(changed_SB.T, expected[:, names(past)])
 
 
 def test_the_world_has_the_hard_cases(world):
@@ -130,9 +137,9 @@ def test_the_world_has_the_hard_cases(world):
 
 END, START = "query_time - delay)", "query_time - retention)"
 RANK = "end_B[example_T] - 1 - rank_T"
-PACK = (student, "pack")
+PACK = (reader, "pack")
 SLICES_OF_STORE, SLICES_OF_INPUTS = (store, "slices"), (inputs, "slices")
-STRUCTURE, OPEN, READ = (flow, "structure"), (train, "open_examples"), (inputs, "open_inputs")
+STRUCTURE, JOIN, READ = (flow, "structure"), (train, "Join"), (inputs, "open_inputs")
 by_history, by_label, by_behaviour, by_swap = CHECKS
 
 MUTANTS = {
@@ -191,9 +198,21 @@ MUTANTS = {
         "query_time=logged_time",
         STRUCTURE,
     ),
-    "codes unsorted": (by_history, store, '"codes": codes[order]', '"codes": codes', STRUCTURE),
-    "outcomes unsorted": (by_label, store, "outcome[order]", "outcome", STRUCTURE),
-    "next example's slice": (by_history, train, '["vm"].start\n', '["vm"].start - 1\n', OPEN),
+    "codes unsorted": (
+        by_history,
+        store,
+        'codes_{tap}": codes[row]',
+        'codes_{tap}": codes',
+        STRUCTURE,
+    ),
+    "outcomes unsorted": (by_label, store, "outcome[row]", "outcome", STRUCTURE),
+    "next example's slice": (
+        by_history,
+        join,
+        "rows - self.first,",
+        "rows - self.first - 1,",
+        JOIN,
+    ),
     "own slice kept": (by_swap, store, "if own.any()", "if False", (train, "swapped")),
     "ranks turned": (
         by_history,
@@ -255,12 +274,12 @@ def test_no_swapped_example_keeps_a_row_of_its_key(log):
         entry_key=key, entry_time=time, query_key=key, query_time=time, config=SliceConfig()
     )
     nothing = np.zeros(0)
-    own = store.Store(nothing, nothing, nothing, nothing, end, length, nothing, 0)
+    own = store.Store({}, *[nothing] * 4, end, length)
     if len(set(key)) == 1:
         with pytest.raises(UserError, match="needs at least 2 keys"):
-            store.swapped(own, key)
+            store.swap(own, key)
         return
-    swapped_end, swapped_length = store.swapped(own, key)
+    swapped_end, swapped_length = store.swap(own, key)
     for i in range(len(key)):
         rows = order[swapped_end[i] - swapped_length[i] : swapped_end[i]]
         assert len(rows) == swapped_length[i] and not (key[rows] == key[i]).any()
@@ -278,13 +297,21 @@ def test_no_swapped_example_keeps_a_row_of_its_key(log):
 def test_an_fm_that_saw_the_vm_window_is_refused(world):
     facts = flow.stages.verify(world.flow.history)["facts"]
     first = int(world.log["time"][world.exported[0]])
-    join = partial(train.open_examples, world.flow.data, world.flow.history)
-    join(facts | {"cutoff_ms": first - 1}, VM, METHOD)
+    opened = partial(train.open_examples, world.flow.data, world.flow.history, world.flow.exported)
+
+    def open_with(*cutoffs: tuple[int, int]) -> None:
+        opened(facts | {"cutoffs": cutoffs}, VM, METHOD)
+
+    open_with((first, first - 1))
+    open_with((first, first - 1), (first + 5, first + 4))  # an FM that is refreshed
     for late in (first, first + 1):
-        with pytest.raises(
-            UserError, match=f"until {late} ms, but the VM window starts at {first}"
-        ):
-            join(facts | {"cutoff_ms": late}, VM, METHOD)
+        with pytest.raises(UserError, match=f"until {late} ms, but exported rows from {first}"):
+            open_with((first, late))
+        # Whatever an export says of itself: the VM window starts where it starts.
+        with pytest.raises(UserError, match=f"until {late} ms, but exported rows from {first}"):
+            open_with((first + 10**6, late))
+    with pytest.raises(UserError, match=f"until {first + 5} ms, but exported rows"):
+        open_with((first, first - 1), (first + 5, first + 5))
 
 
 def test_the_fm_learns_no_label_that_came_after_its_window(world):
@@ -293,4 +320,5 @@ def test_the_fm_learns_no_label_that_came_after_its_window(world):
     all_rows, first = read.rows("fm"), read.log["time"][world.exported[0]]
     late = read.log["logged_time"][all_rows] >= first
     assert late.any()
-    np.testing.assert_array_equal(known_rows(read), all_rows[~late])
+    before = read.splits["vm"].start
+    np.testing.assert_array_equal(known_rows(read, before=before), all_rows[~late])

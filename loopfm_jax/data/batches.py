@@ -8,14 +8,15 @@ The last batch of a pass is filled up with repeats of weight 0: no row is droppe
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import grain
 import numpy as np
 
 from loopfm_jax.errors import UserError
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]
+"""Arrays [B, ...] by name; histories are nested by key."""
 Assemble = Callable[[np.ndarray], Batch]
 
 

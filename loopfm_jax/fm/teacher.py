@@ -1,6 +1,8 @@
-"""The foundation model: a backbone, a tap, and the compressor that trains beside it."""
+"""The foundation model: a backbone, its taps, and a compressor for each that trains beside it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,72 +14,124 @@ from loopfm_jax.data.batches import OrderConfig
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.errors import UserError
 from loopfm_jax.fm.compressor import Compressor, CompressorConfig
+from loopfm_jax.history.encoders import EncoderConfig
+from loopfm_jax.history.reader import Past, Readers, Reading
 from loopfm_jax.loop import TrainConfig
-from loopfm_jax.tables import Features
+from loopfm_jax.tables import Embedded, Features
 
 
 @dataclass(frozen=True)
 class FMConfig:
-    """The teacher: backbone, tap, compressor and training; defaults for a log of some weeks."""
+    """The teacher: backbone, taps, compressor and training; defaults for a log of some weeks."""
 
     backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig(dropout=0.2))
-    tap: str = "hidden_0"
-    """Which activation is exported: embedding, hidden_0, hidden_1, .. or all (concatenated)."""
+    taps: tuple[str, ...] = ("hidden_0",)
+    """What is exported: embedding, hidden_0, hidden_1, .., all (of these concatenated), item (the
+    candidate's embeddings) or entity (the key's). LoopFM reads the first; see history.tap."""
     compressor: CompressorConfig = field(default_factory=CompressorConfig)
+    encoder: EncoderConfig = field(default_factory=lambda: EncoderConfig(name="mean"))
+    """How an FM of a second round reads the histories of the first (the method `self`)."""
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(OrderConfig(order="shuffled", epochs=2, batch=256))
     )
 
+    def __post_init__(self) -> None:
+        if not self.taps or len(set(self.taps)) < len(self.taps):
+            raise UserError(f"fm.taps is {list(self.taps)}: name each tap once, at least one")
+
 
 @struct.dataclass
 class Taught:
-    """Logits [B], codes [B,Z] and the compressor's loss [B]; what nobody reads costs nothing."""
+    """Logits [B], codes by tap [B,Z] and the compressors' mean loss [B]; what nobody reads costs
+    nothing."""
 
     logits_B: jax.Array
-    code_BZ: jax.Array
+    codes: dict[str, jax.Array]
     compressor_loss_B: jax.Array
 
 
 class Teacher(nnx.Module):
-    """Features -> `Taught`."""
+    """Features -> `Taught`.
 
-    def __init__(self, schema: Schema, config: FMConfig, *, rngs: nnx.Rngs):
-        self.tap = config.tap
-        dtype = jnp.dtype(config.train.dtype)
-        self.backbone = build(config.backbone, schema, dtype=dtype, rngs=rngs)
-        self.compressor = Compressor(self._tap_width(schema), config.compressor, rngs=rngs)
+    Args:
+      reading: the histories that it reads itself, in a second round; else None.
+    """
 
-    def _tap_width(self, schema: Schema) -> int:
+    def __init__(
+        self,
+        schema: Schema,
+        config: FMConfig,
+        reading: Reading | None = None,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.taps = config.taps
+        self.item, self.entity = schema.item, schema.entity
+        tables, dtype = config.backbone.tables, jnp.dtype(config.train.dtype)
+        self.readers = (
+            Readers(reading, schema, config.encoder, tables, rngs=rngs) if reading else None
+        )
+        self.extra_fields = self.readers.fields if self.readers else 0
+        self.backbone = build(
+            config.backbone, schema, extra_fields=self.extra_fields, dtype=dtype, rngs=rngs
+        )
+        widths = self._tap_widths(schema, tables.width)
+        self.compressors = nnx.List(
+            Compressor(widths[tap], config.compressor, rngs=rngs) for tap in self.taps
+        )
+
+    def _tap_widths(self, schema: Schema, width: int) -> dict[str, int]:
         """The backbone's own business: asked for by its shapes alone."""
         graphdef, state = nnx.split(self.backbone)
 
-        def read(state: nnx.State, ids_BC: jax.Array, floats_BN: jax.Array) -> jax.Array:
+        def read(state: nnx.State, ids_BC: jax.Array, floats_BN: jax.Array) -> dict[str, Any]:
             backbone = nnx.merge(graphdef, state)
-            return self._read_tap(backbone(backbone.embed(Features(ids_BC, floats_BN))).taps)
+            embedded = backbone.embed(Features(ids_BC, floats_BN))
+            extra_BKE = jnp.zeros((1, self.extra_fields, width)) if self.extra_fields else None
+            return self._read_taps(embedded, backbone(embedded, extra_BKE=extra_BKE).taps)
 
         ids_BC = jax.ShapeDtypeStruct((1, sum(f.length for f in schema.fields)), jnp.int32)
         floats_BN = jax.ShapeDtypeStruct((1, len(schema.numeric)), jnp.float32)
-        return jax.eval_shape(read, state, ids_BC, floats_BN).shape[1]
+        return {t: x.shape[1] for t, x in jax.eval_shape(read, state, ids_BC, floats_BN).items()}
 
-    def _read_tap(self, taps: dict[str, jax.Array]) -> jax.Array:
-        if self.tap == "all":
-            return jnp.concatenate(list(taps.values()), axis=1).astype(jnp.float32)
-        if self.tap not in taps:
-            raise UserError(f"no tap {self.tap!r}: fm.tap is one of {', '.join(taps)}, all")
-        return taps[self.tap].astype(jnp.float32)
+    def _read_taps(self, embedded: Embedded, taps: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Tap -> activation [B,D] float32, of the configured taps."""
+        known = taps | {"all": jnp.concatenate(list(taps.values()), axis=1)}
+        for name, fields in (("item", self.item), ("entity", self.entity)):
+            if fields:
+                known[name] = jnp.concatenate([embedded.fields[f] for f in fields], axis=1)
+        for tap in self.taps:
+            if tap not in known:
+                raise UserError(f"no tap {tap!r}: fm.taps are some of {', '.join(known)}")
+        return {tap: known[tap].astype(jnp.float32) for tap in self.taps}
 
-    def __call__(self, features: Features, *, key: jax.Array | None = None) -> Taught:
-        output = self.backbone(self.backbone.embed(features), key=key)
-        code_BZ, loss_B = self.compressor(self._read_tap(output.taps), train=key is not None)
-        return Taught(output.logits_B, code_BZ, loss_B)
+    def __call__(
+        self, batch: Mapping[str, Any], past: Past | None = None, *, key: jax.Array | None = None
+    ) -> Taught:
+        """Args:
+        batch: `ids_BC`, `floats_BN` and, for an FM that reads histories, those.
+        past: these histories.
+        key: randomness of dropout; None means inference.
+        """
+        embedded = self.backbone.embed(Features(batch["ids_BC"], batch["floats_BN"]))
+        extra_BKE = None
+        if self.readers is not None:
+            assert past is not None
+            extra_BKE = self.readers(batch, embedded, past, self.backbone.embedder.table)
+        output = self.backbone(embedded, extra_BKE=extra_BKE, key=key)
+        codes, losses = {}, []
+        for tap, compressor in zip(self.taps, self.compressors, strict=True):
+            activation_BD = self._read_taps(embedded, output.taps)[tap]
+            codes[tap], loss_B = compressor(activation_BD, train=key is not None)
+            losses.append(loss_B)
+        return Taught(output.logits_B, codes, jnp.stack(losses).mean(axis=0))
 
 
 def loss(
-    model: Teacher, batch: dict[str, jax.Array], _: object, key: jax.Array, *, config: FMConfig
+    model: Teacher, batch: dict[str, Any], past: Past | None, key: jax.Array, *, config: FMConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross-entropy plus the compressor's loss, means over the rows of weight 1."""
-    features = Features(batch["ids_BC"], batch["floats_BN"])
-    taught = model(features, key=key)
+    """Cross-entropy plus the compressors' loss, means over the rows of weight 1."""
+    taught = model(batch, past, key=key)
     weight_B = batch["weight_B"] / batch["weight_B"].sum()
     click = optax.sigmoid_binary_cross_entropy(taught.logits_B, batch["label_B"]) @ weight_B
     code = taught.compressor_loss_B @ weight_B

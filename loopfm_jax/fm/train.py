@@ -1,44 +1,86 @@
 """Training the teacher on the FM window."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
-from loopfm_jax import checkpoint, loop
-from loopfm_jax.data.batches import Batch
-from loopfm_jax.data.schema import Schema
+from loopfm_jax import checkpoint, loop, stages
 from loopfm_jax.fm.teacher import FMConfig, Teacher, loss
+from loopfm_jax.history.join import Join, reading_of
+from loopfm_jax.history.reader import Past
+from loopfm_jax.history.store import open_histories
 from loopfm_jax.inputs import Inputs, open_inputs
 
 Labels = Literal["true", "shuffled"]
+Span = Literal["whole", "first-half"]
 
 
-def builder(schema: Schema, config: FMConfig) -> Any:
-    return lambda rngs: Teacher(schema, config, rngs=rngs)
+@dataclass(frozen=True)
+class Lessons:
+    """What a teacher reads: rows of the log and, in a second round, their histories."""
+
+    inputs: Inputs
+    join: Join | None
+
+    def batch(self, rows: np.ndarray) -> dict[str, Any]:
+        batch: dict[str, Any] = dict(self.inputs.batch(rows))
+        return batch | self.join.batch(rows) if self.join else batch
+
+    def past(self, mesh: Mesh, config: FMConfig) -> Past | None:
+        return self.join.past(mesh, encoder=config.encoder.name) if self.join else None
+
+    def builder(self, config: FMConfig) -> Callable[[nnx.Rngs], Teacher]:
+        reading = self.join.reading if self.join else None
+        return lambda rngs: Teacher(self.inputs.schema, config, reading, rngs=rngs)
+
+
+def open_lessons(data: Path, config: FMConfig, history: Path | None = None) -> Lessons:
+    """The prepared log `data` as the teacher reads it, with the histories of a first round."""
+    inputs = open_inputs(data, reader="fm", behaviours=config.backbone.reads_behaviours)
+    if history is None:
+        return Lessons(inputs, None)
+    facts = stages.verify(history)["facts"]
+    histories = open_histories(history, facts)
+    reading = reading_of(histories, contents=("loopfm",))
+    return Lessons(inputs, Join(inputs, histories, reading, facts["first"]))
 
 
 def train_fm(
-    data: Path, config: FMConfig, *, mesh: Mesh, seed: int, directory: Path, labels: Labels = "true"
+    data: Path,
+    config: FMConfig,
+    *,
+    mesh: Mesh,
+    seed: int,
+    directory: Path,
+    labels: Labels = "true",
+    span: Span = "whole",
+    history: Path | None = None,
 ) -> dict[str, Any]:
     """Trains on the FM window of the prepared log `data`; writes the model into `directory`.
 
     Args:
       labels: `shuffled` permutes the FM window's labels (a control: the FM learns nothing true).
+      span: `first-half` leaves the later half of the window's rows to a second round.
+      history: `structure` folder of a first round's codes, which this FM reads.
     """
-    inputs = open_inputs(data, reader="fm", behaviours=config.backbone.reads_behaviours)
-    rows = known_rows(inputs)
-    assemble = inputs.batch if labels == "true" else _shuffled(inputs, rows, seed)
+    lessons = open_lessons(data, config, history)
+    rows = known_rows(lessons.inputs, before=first_unseen(lessons.inputs, span))
+    assemble = lessons.batch if labels == "true" else _shuffled(lessons, rows, seed)
     trained = loop.train(
-        loop.Trainable(builder(inputs.schema, config), partial(loss, config=config)),
+        loop.Trainable(lessons.builder(config), partial(loss, config=config)),
         rows,
         assemble,
         config=config.train,
         mesh=mesh,
         seed=seed,
         directory=directory,
+        constants=lessons.past(mesh, config),
         title="train-fm",
     )
     checkpoint.save_model(trained.model, directory)
@@ -46,23 +88,30 @@ def train_fm(
     return {
         "params": trained.params,
         "curve": trained.curve,
-        "cutoff_ms": int(inputs.log["logged_time"][rows].max()),
+        "first": first_unseen(lessons.inputs, span),
+        "cutoff_ms": int(lessons.inputs.log["logged_time"][rows].max()),
         "measured": {"examples_per_s": trained.examples_per_s},
     }
 
 
-def known_rows(inputs: Inputs) -> np.ndarray:
-    """FM rows whose label was there before the VM window began: an impression group may straddle
-    its start, and a label of after it would leak into every code."""
-    rows, first_ms = inputs.rows("fm"), inputs.log["time"][inputs.splits["vm"].start]
+def first_unseen(inputs: Inputs, span: Span) -> int:
+    """The first row that the teacher does not learn from, and whose code it may log."""
+    stop = inputs.splits["vm"].start
+    return stop if span == "whole" else stop // 2
+
+
+def known_rows(inputs: Inputs, *, before: int) -> np.ndarray:
+    """Rows before row `before` whose label was there by its time: an impression group may straddle
+    the cut, and a label of after it would leak into every code."""
+    rows, first_ms = np.arange(before), inputs.log["time"][before]
     return rows[inputs.log["logged_time"][rows] < first_ms]
 
 
-def _shuffled(inputs: Inputs, rows: np.ndarray, seed: int) -> Any:
-    label = np.array(inputs.log["label"], np.float32)
+def _shuffled(lessons: Lessons, rows: np.ndarray, seed: int) -> Any:
+    label = np.array(lessons.inputs.log["label"], np.float32)
     label[rows] = np.random.default_rng((seed, 1)).permutation(label[rows])
 
-    def assemble(batch_rows: np.ndarray) -> Batch:
-        return inputs.batch(batch_rows) | {"label_B": label[batch_rows]}
+    def assemble(batch_rows: np.ndarray) -> dict[str, Any]:
+        return lessons.batch(batch_rows) | {"label_B": label[batch_rows]}
 
     return assemble

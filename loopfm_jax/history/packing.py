@@ -24,8 +24,10 @@ class Tokens:
     rank_T: jax.Array
     """0 = the most recent entry of its example."""
     real_T: jax.Array
-    examples: int = struct.field(pytree_node=False)
-    length: int = struct.field(pytree_node=False)
+    age_T: jax.Array | None = None
+    """Seconds since the entry, for who looks at time."""
+    examples: int = struct.field(pytree_node=False, default=0)
+    length: int = struct.field(pytree_node=False, default=0)
 
     def spread(self, per_example: jax.Array) -> jax.Array:
         """[B, ...] -> [T, ...]: every token gets its example's value."""
@@ -78,7 +80,7 @@ def pack(end_B: jax.Array, length_B: jax.Array, *, slots: int, longest: int) -> 
     example_T = jnp.minimum(segment_T, len(end_B) - 1)
     rank_T = jnp.where(real_T, slot_T - (stop_B - length_B)[example_T], 0)
     row_T = jnp.where(real_T, end_B[example_T] - 1 - rank_T, 0)
-    return Tokens(row_T, segment_T, rank_T, real_T, len(end_B), longest)
+    return Tokens(row_T, segment_T, rank_T, real_T, examples=len(end_B), length=longest)
 
 
 def pad(end_B: jax.Array, length_B: jax.Array, *, longest: int) -> Tokens:

@@ -1,108 +1,221 @@
 """Structuring an export into histories: rows in (key, time) order, two integers per example.
 
-Files (npy, no pickle; the stage manifest holds their sha256):
-  codes [S, columns], seconds [S] int32 since the first entry, outcome [S] uint8, soft [S] float32:
-    the store, by (key, logged time);
-  end, length [examples]: every exported row's history; teacher [examples]: its soft label.
-Examples are the exported rows in time order.
+Files (npy, no pickle; the stage manifest holds their sha256). Examples are the exported rows in
+time order.
+  teacher [examples] float32: soft labels;  book_<tap>: what a learned code was fitted to;
+  <key>/: one store per kind of key, entries sorted by (key, logged time):
+    row [S] int32: the example an entry was, codes_<tap> [S, columns], seconds [S] int32 since the
+    first entry, outcome [S] uint8, soft [S] float32;
+    end, length [examples]: every example's history, the slice `end - length : end`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from loopfm_jax.errors import UserError
+from loopfm_jax.history.codes import Codec
 from loopfm_jax.history.slices import SliceConfig, slices
 
 Side = Literal["outcome", "age"]
+OWN = "key"
+"""The key of the log itself (a user)."""
 
 
 @dataclass(frozen=True)
 class HistoryConfig(SliceConfig):
     """Histories: who may be seen, and what is told of an entry besides its code."""
 
+    keys: tuple[str, ...] = (OWN,)
+    """What histories are grouped by: `key`, a column of the data's `keys`, or several joined by
+    `+` (`key+author_id`). The summaries of several are concatenated."""
+    keep: Literal["all", "positive"] = "all"
+    """`positive`: only entries whose outcome was 1 (watched-only histories)."""
+    tap: str | None = None
+    """The exported tap that LoopFM reads; default: the first of fm.taps."""
     side: tuple[Side, ...] = ()
     """Told to the encoders of every method; the paper tells nothing."""
 
 
 @dataclass(frozen=True)
-class Store:
-    """Everything a vertical model reads of the teacher. Arrays are memory maps."""
+class Exported:
+    """What the FM left behind for rows of the log, in time order."""
 
-    codes: np.ndarray
+    codes: Mapping[str, np.ndarray]
+    """tap -> stored codes [examples, columns]."""
+    soft: np.ndarray
+    """[examples] float32."""
+    facts: Mapping[str, Any]
+    """code, width, taps, first (row of the log that is example 0), cutoffs: pairs (first ms of
+    rows, last ms that their FM was trained on)."""
+    books: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Store:
+    """Histories by one kind of key. Arrays are memory maps."""
+
+    codes: Mapping[str, np.ndarray]
+    row: np.ndarray
     seconds: np.ndarray
     outcome: np.ndarray
     soft: np.ndarray
     end: np.ndarray
     length: np.ndarray
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Everything a model reads of the teacher's past."""
+
+    stores: Mapping[str, Store]
+    """By kind of key."""
     teacher: np.ndarray
+    codecs: Mapping[str, Codec]
+    """By tap."""
+    tap: str
+    """The tap that LoopFM reads."""
+    longest: int
     start_ms: int
     """Time of second 0."""
 
 
+def open_export(directory: Path, facts: Mapping[str, Any]) -> Exported:
+    """The arrays of an `export` stage folder; `facts` are its manifest's."""
+    return Exported(
+        codes={tap: _load(directory / f"codes_{tap}.npy") for tap in facts["taps"]},
+        soft=_load(directory / "soft.npy"),
+        facts=facts,
+        books=_books(directory, facts["taps"]),
+    )
+
+
 def structure(
+    exported: Exported,
+    keys: Mapping[str, np.ndarray],
     *,
-    codes: np.ndarray,
-    soft: np.ndarray,
-    key: np.ndarray,
     time: np.ndarray,
     logged_time: np.ndarray,
     outcome: np.ndarray,
-    config: SliceConfig,
+    config: HistoryConfig,
     directory: Path,
 ) -> dict[str, Any]:
-    """Writes the store and every example's slice; returns facts about the histories.
+    """Writes the stores and every example's slices; returns facts about the histories.
 
     Args:
-      codes: [examples, columns]; soft: [examples] float32; both in time order.
-      key, time, logged_time, outcome: of the same rows.
+      keys: kind of key -> integer keys of the examples.
+      time, logged_time, outcome: of the examples.
     """
-    order, end, length = slices(
-        entry_key=key, entry_time=logged_time, query_key=key, query_time=time, config=config
-    )
+    tap = config.tap or exported.facts["taps"][0]
+    if tap not in exported.facts["taps"]:
+        raise UserError(
+            f"history.tap is {tap!r}, but the export holds {', '.join(exported.facts['taps'])}: "
+            "name it in --fm.taps"
+        )
     start_ms = int(logged_time.min())
-    arrays = {
-        "codes": codes[order],
-        "seconds": ((logged_time[order] - start_ms) // 1000).astype(np.int32),
-        "outcome": outcome[order].astype(np.uint8),
-        "soft": soft[order].astype(np.float32),
-        "end": end,
-        "length": length,
-        "teacher": soft.astype(np.float32),
-    }
-    for name, values in arrays.items():
-        np.save(directory / f"{name}.npy", values, allow_pickle=False)
+    kept = np.arange(len(time)) if config.keep == "all" else np.flatnonzero(outcome)
+    found = {}
+    for name, key in keys.items():
+        folder = directory / name
+        order, end, length = slices(
+            entry_key=key[kept],
+            entry_time=logged_time[kept],
+            query_key=key,
+            query_time=time,
+            config=config,
+        )
+        row = kept[order].astype(np.int32)
+        arrays = {f"codes_{tap}": codes[row] for tap, codes in exported.codes.items()} | {
+            "row": row,
+            "seconds": ((logged_time[row] - start_ms) // 1000).astype(np.int32),
+            "outcome": outcome[row].astype(np.uint8),
+            "soft": exported.soft[row],
+            "end": end,
+            "length": length,
+        }
+        folder.mkdir()
+        _save(folder, arrays)
+        found[name] = _facts(length)
+    books = {f"book_{tap}": book for tap, book in exported.books.items()}
+    _save(directory, {"teacher": exported.soft, **books})
+    codes = exported.codes[tap]
     return {
+        **{name: exported.facts[name] for name in ("code", "width", "taps", "first", "cutoffs")},
+        "tap": tap,
+        "longest": config.length,
         "start_ms": start_ms,
-        "entries": len(order),
-        "mean_length": float(length.mean()),
-        "empty_share": float((length == 0).mean()),
-        "store_bytes": int(arrays["codes"].nbytes),
+        "entries": len(kept),
+        "keys": found,
+        "store_bytes": len(kept) * codes.shape[1] * codes.itemsize,
         "bytes_per_row": int(codes.shape[1] * codes.itemsize),
     }
 
 
-def open_store(directory: Path, facts: dict[str, Any]) -> Store:
-    """The store of a `structure` stage folder; `facts` are its manifest's."""
-    names = ("codes", "seconds", "outcome", "soft", "end", "length", "teacher")
-    arrays = {n: np.load(directory / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in names}
-    return Store(**arrays, start_ms=facts["start_ms"])
+def open_histories(directory: Path, facts: Mapping[str, Any]) -> Histories:
+    """The stores of a `structure` stage folder; `facts` are its manifest's."""
+    names = ("row", "seconds", "outcome", "soft", "end", "length")
+    stores = {
+        key: Store(
+            codes={tap: _load(directory / key / f"codes_{tap}.npy") for tap in facts["taps"]},
+            **{name: _load(directory / key / f"{name}.npy") for name in names},
+        )
+        for key in facts["keys"]
+    }
+    books = _books(directory, facts["taps"])
+    return Histories(
+        stores=stores,
+        teacher=_load(directory / "teacher.npy"),
+        codecs={t: Codec(facts["code"], facts["width"], books.get(t)) for t in facts["taps"]},
+        tap=facts["tap"],
+        longest=facts["longest"],
+        start_ms=facts["start_ms"],
+    )
 
 
-def swapped(store: Store, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _facts(length: np.ndarray) -> dict[str, float]:
+    return {"mean_length": float(length.mean()), "empty_share": float((length == 0).mean())}
+
+
+def _books(directory: Path, taps: list[str]) -> dict[str, np.ndarray]:
+    paths = {tap: directory / f"book_{tap}.npy" for tap in taps}
+    return {tap: np.array(_load(path)) for tap, path in paths.items() if path.exists()}
+
+
+def _load(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _save(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    for name, values in arrays.items():
+        np.save(directory / f"{name}.npy", values, allow_pickle=False)
+
+
+def swapped(histories: Histories, keys: Mapping[str, np.ndarray]) -> Histories:
     """A control: every example gets the history of another key, of the same length where one is.
 
-    Examples of equal history length are ordered by key and the slices are rotated by the size of
-    the largest key among them, so nobody keeps a slice of his own. Where one key holds more than
-    half of such a group, those examples borrow the tail of the longest other history instead.
-
-    Returns:
-      (end, length) in the order of the examples; a length shrinks only where nothing longer exists.
+    Args:
+      keys: kind of key -> keys of the examples.
 
     Raises:
       UserError: one key owns every example.
+    """
+    stores = {}
+    for name, store in histories.stores.items():
+        end, length = swap(store, keys[name])
+        stores[name] = replace(store, end=end, length=length)
+    return replace(histories, stores=stores)
+
+
+def swap(store: Store, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(end, length) of every example's history, borrowed from an example of another key.
+
+    Examples of equal history length are ordered by key and the slices are rotated by the size of
+    the largest key among them, so nobody keeps a slice of his own. Where one key holds more than
+    half of such a group, those examples borrow the tail of the longest other history instead: a
+    length shrinks only where nothing longer exists.
     """
     if (key == key[0]).all():
         raise UserError(

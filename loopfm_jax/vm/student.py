@@ -1,13 +1,15 @@
-"""The vertical model: a backbone, histories as more features, a distillation head.
+"""The vertical model: a backbone, what comes from the FM as more of its fields, auxiliary heads.
 
-The history's summary becomes K more fields of the backbone's embedding width and joins the others
-before the interaction layers (PAPER section 1, stage 4). Distillation is always ExFM's auxiliary
-head: label h(y_S, y) + gamma h(y_D, min(alpha y_F, 1)), with the gradient that the distillation
-head sends into the trunk scaled by beta (arXiv 2502.17494).
+Summaries of histories and codes of the row itself become fields of the backbone's embedding width
+and join the others before the interaction layers (PAPER section 1, stage 4). What is distilled is
+always learned by heads beside the serving head, never mixed into it (ExFM, arXiv 2502.17494):
+label h(y_S, y) + gamma h(y_D, min(alpha y_F, 1)), with the gradient that these heads send into the
+trunk scaled by beta.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +20,14 @@ from loopfm_jax.backbones import BackboneConfig, build
 from loopfm_jax.data.batches import OrderConfig
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.errors import check_limits
-from loopfm_jax.history import codes
-from loopfm_jax.history.codes import Code
-from loopfm_jax.history.packing import Tokens, pack
-from loopfm_jax.history.store import Side
+from loopfm_jax.history.codes import dequantise
+from loopfm_jax.history.encoders import EncoderConfig, linear
+from loopfm_jax.history.reader import Past, Readers, Reading
 from loopfm_jax.loop import TrainConfig
-from loopfm_jax.tables import Embedded, Features
-from loopfm_jax.vm.encoders import ENCODERS, EncoderConfig, linear
+from loopfm_jax.tables import Features
 from loopfm_jax.vm.methods import Method
 
-MINUTE, WEEK = 60.0, 7 * 86_400.0
+ADAPTER_HIDDEN = 16
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,15 @@ class DistilConfig:
     alpha: float = 1.0
     """Scale of the soft label; must keep alpha * y_F well below 1 for most rows."""
     beta: float = 1.0
-    """Scale of the gradient from the distillation head into the trunk."""
+    """Scale of the gradient from the auxiliary heads into the trunk."""
     gamma: float = 1.0
-    """Weight of the distillation loss."""
+    """Weight of the distillation loss, of the soft label or its adapted form."""
+    fitnets: float = 1.0
+    """Weight of the squared error to the FM's code."""
 
     def __post_init__(self) -> None:
-        check_limits("distil", {"alpha": self.alpha, "beta": self.beta, "gamma": self.gamma}, low=0)
+        values = {name: getattr(self, name) for name in ("alpha", "beta", "gamma", "fitnets")}
+        check_limits("distil", values, low=0)
 
 
 @dataclass(frozen=True)
@@ -51,119 +54,150 @@ class VMConfig:
 
     backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig(hidden=(128, 64)))
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    summary_fields: int = 2
-    """K: how many fields of the embedding width the history's summary becomes."""
     distil: DistilConfig = field(default_factory=DistilConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(OrderConfig(batch=256)))
 
-    def __post_init__(self) -> None:
-        check_limits("vm", {"summary_fields": self.summary_fields}, low=1)
-
 
 @struct.dataclass
-class History:
-    """A device-resident store and the static facts of its codes."""
+class Answer:
+    """Logits of the serving head, and what auxiliary heads say; None for closed channels."""
 
-    codes: jax.Array
-    seconds: jax.Array
-    outcome: jax.Array
-    code: Code = struct.field(pytree_node=False)
-    width: int = struct.field(pytree_node=False)
-    longest: int = struct.field(pytree_node=False)
+    logits_B: jax.Array
+    kd_B: jax.Array | None
+    """Logits against the soft label."""
+    adapted_B: jax.Array | None
+    """Logits against the adapted soft label."""
+    adapter_B: jax.Array | None
+    """Logits of the adapter itself: the soft label, corrected."""
+    code_BZ: jax.Array | None
+    """The FM's code as the trunk guesses it."""
+
+
+class Adapter(nnx.Module):
+    """ExFM's student adapter: y_F -> corrected logit; which MLP is open, here of logit(y_F)."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.up = linear(1, ADAPTER_HIDDEN, rngs=rngs)
+        self.down = linear(ADAPTER_HIDDEN, 1, rngs=rngs)
+
+    def __call__(self, soft_B: jax.Array) -> jax.Array:
+        p_B = jnp.clip(soft_B, 1e-6, 1 - 1e-6)
+        return self.down(nnx.relu(self.up((jnp.log(p_B) - jnp.log1p(-p_B))[:, None])))[:, 0]
 
 
 class Student(nnx.Module):
-    """Features and histories -> logits of the serving head and of the distillation head."""
+    """Features, histories and codes -> `Answer`."""
 
     def __init__(
-        self, schema: Schema, config: VMConfig, method: Method, *, code_width: int, rngs: nnx.Rngs
+        self,
+        schema: Schema,
+        config: VMConfig,
+        method: Method,
+        reading: Reading,
+        *,
+        rngs: nnx.Rngs,
     ):
-        self.item = schema.item
-        self.side = method.side
-        extra = config.summary_fields if method.history else 0
-        dtype, tables = jnp.dtype(config.train.dtype), config.backbone.tables
+        tables, encoder = config.backbone.tables, config.encoder
+        self.beta = config.distil.beta
+        self.taps = now_taps(method, reading)
+        self.features = method.features
+        self.readers = (
+            Readers(reading, schema, encoder, tables, rngs=rngs) if reading.contents else None
+        )
+        extra = (self.readers.fields if self.readers else 0) + encoder.fields * len(self.features)
+        self.width = tables.width
+        dtype = jnp.dtype(config.train.dtype)
         self.backbone = build(config.backbone, schema, extra_fields=extra, dtype=dtype, rngs=rngs)
-        tokens, query = code_width + len(self.side), len(schema.item) * tables.width
-        encoder = ENCODERS[config.encoder.name]
-        self.encoder = encoder(tokens, query, config.encoder, rngs=rngs) if method.history else None
-        self.summary = (
+        codecs = reading.codecs
+        self.summaries = nnx.List(
             nnx.Linear(
-                self.encoder.outputs,
-                extra * tables.width,
+                codecs[self.taps[feature]].width,
+                encoder.fields * tables.width,
                 kernel_init=nnx.initializers.normal(tables.init_std),
                 rngs=rngs,
-            )  # as small as the rows it joins: training starts from the base model
-            if self.encoder
+            )
+            for feature in self.features
+        )
+        trunk, heads = self.backbone.trunk_width, method.heads
+        self.kd = linear(trunk, 1, rngs=rngs) if "kd" in heads else None
+        self.adapted = linear(trunk, 1, rngs=rngs) if "adapter" in heads else None
+        self.adapter = Adapter(rngs=rngs) if "adapter" in heads else None
+        self.mimic = (
+            linear(trunk, codecs[self.taps["fitnets"]].width, rngs=rngs)
+            if "fitnets" in heads
             else None
         )
-        self.distil = linear(self.backbone.trunk_width, 1, rngs=rngs) if method.kd else None
 
     def __call__(
         self,
-        batch: Mapping[str, jax.Array],
-        history: History | None,
+        batch: Mapping[str, Any],
+        past: Past,
         *,
-        beta: float = 1.0,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Returns (serving logits [B], distillation logits [B] or None)."""
+    ) -> Answer:
+        """Args:
+        batch: of `vm.train.Examples`.
+        past: what the FM left behind.
+        key: randomness of dropout; None means inference.
+        """
         embedded = self.backbone.embed(Features(batch["ids_BC"], batch["floats_BN"]))
-        extra_BKE = self._summarise(batch, embedded, history) if self.encoder else None
+        extra = []
+        if self.readers is not None:
+            extra.append(self.readers(batch, embedded, past, self.backbone.embedder.table))
+        for feature, summary in zip(self.features, self.summaries, strict=True):
+            code_BZ = self._code_now(batch, past, feature)
+            extra.append(summary(code_BZ).reshape(len(code_BZ), -1, self.width))
+        extra_BKE = jnp.concatenate(extra, axis=1) if extra else None
         output = self.backbone(embedded, extra_BKE=extra_BKE, key=key)
-        if self.distil is None:
-            return output.logits_B, None
         trunk_BW = output.trunk_BW
-        trunk_BW = beta * trunk_BW + (1 - beta) * jax.lax.stop_gradient(trunk_BW)
-        return output.logits_B, self.distil(trunk_BW)[:, 0]
-
-    def _summarise(
-        self, batch: Mapping[str, jax.Array], embedded: Embedded, history: History | None
-    ) -> jax.Array:
-        assert history is not None and self.encoder is not None and self.summary is not None
-        query_BQ = jnp.concatenate([embedded.fields[name] for name in self.item], axis=1)
-        tokens = pack(
-            batch["end_B"],
-            batch["length_B"],
-            slots=len(batch["slot_T"]),
-            longest=history.longest,
+        trunk_BW = self.beta * trunk_BW + (1 - self.beta) * jax.lax.stop_gradient(trunk_BW)
+        return Answer(
+            logits_B=output.logits_B,
+            kd_B=self.kd(trunk_BW)[:, 0] if self.kd else None,
+            adapted_B=self.adapted(trunk_BW)[:, 0] if self.adapted else None,
+            adapter_B=self.adapter(batch["teacher_B"]) if self.adapter else None,
+            code_BZ=self.mimic(trunk_BW) if self.mimic else None,
         )
-        value_TX = read_entries(history, tokens, batch["seconds_B"], self.side)
-        summary_BX = self.summary(self.encoder(value_TX, query_BQ, tokens))
-        return summary_BX.reshape(len(query_BQ), -1, embedded.fields[self.item[0]].shape[1])
+
+    def _code_now(self, batch: Mapping[str, Any], past: Past, channel: str) -> jax.Array:
+        """The FM's code of the row itself, [B,Z]."""
+        tap = self.taps[channel]
+        return dequantise(batch["codes"][tap], past.codecs[tap])
+
+    def loss(
+        self,
+        batch: Mapping[str, Any],
+        past: Past,
+        key: jax.Array,
+        *,
+        config: DistilConfig,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Label loss of the serving head plus the weighted losses of the auxiliary heads."""
+        answer = self(batch, past, key=key)
+        weight_B = batch["weight_B"] / batch["weight_B"].sum()
+
+        def entropy(logits_B: jax.Array, target_B: jax.Array) -> jax.Array:
+            return optax.sigmoid_binary_cross_entropy(logits_B, target_B) @ weight_B
+
+        total = label = entropy(answer.logits_B, batch["label_B"])
+        numbers = {"logloss": label}
+        if answer.kd_B is not None:
+            soft_B = jnp.minimum(config.alpha * batch["teacher_B"], 1)
+            numbers["distillation"] = entropy(answer.kd_B, soft_B)
+            total += config.gamma * numbers["distillation"]
+        if answer.adapter_B is not None and answer.adapted_B is not None:
+            adapted_B = jax.lax.stop_gradient(nnx.sigmoid(answer.adapter_B))
+            numbers["adapter"] = entropy(answer.adapter_B, batch["label_B"])
+            numbers["adapted"] = entropy(answer.adapted_B, adapted_B)
+            total += numbers["adapter"] + config.gamma * numbers["adapted"]
+        if answer.code_BZ is not None:
+            error_BZ = answer.code_BZ - self._code_now(batch, past, "fitnets")
+            numbers["fitnets"] = jnp.square(error_BZ).mean(axis=1) @ weight_B
+            total += config.fitnets * numbers["fitnets"]
+        return total, numbers
 
 
-def read_entries(
-    history: History, tokens: Tokens, seconds_B: jax.Array, side: tuple[Side, ...]
-) -> jax.Array:
-    """Store rows of the tokens, dequantised, with their side information: [T, Z + sides].
-
-    `outcome` is -1 or 1, `age` the logarithm of seconds since the entry, scaled to about [0, 1].
-    """
-    row_T = tokens.row_T
-    parts = [codes.dequantise(history.codes[row_T], history.code, width=history.width)]
-    if "outcome" in side:
-        parts.append(2 * history.outcome[row_T].astype(jnp.float32)[:, None] - 1)
-    if "age" in side:
-        age_T = (tokens.spread(seconds_B) - history.seconds[row_T]).astype(jnp.float32)
-        scaled_T = jnp.log1p(jnp.maximum(age_T, 0) / MINUTE) / jnp.log1p(WEEK / MINUTE)
-        parts.append(scaled_T[:, None])
-    return jnp.where(tokens.real_T[:, None], jnp.concatenate(parts, axis=1), 0)
-
-
-def loss(
-    model: Student,
-    batch: dict[str, jax.Array],
-    history: History | None,
-    key: jax.Array,
-    *,
-    config: DistilConfig,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Label loss of the serving head plus gamma times that of the distillation head."""
-    serving_B, distil_B = model(batch, history, beta=config.beta, key=key)
-    weight_B = batch["weight_B"] / batch["weight_B"].sum()
-    label = optax.sigmoid_binary_cross_entropy(serving_B, batch["label_B"]) @ weight_B
-    if distil_B is None:
-        return label, {"logloss": label}
-    soft_B = jnp.minimum(config.alpha * batch["teacher_B"], 1)
-    taught = optax.sigmoid_binary_cross_entropy(distil_B, soft_B) @ weight_B
-    return label + config.gamma * taught, {"logloss": label, "distillation": taught}
+def now_taps(method: Method, reading: Reading) -> dict[str, str]:
+    """Channel -> tap, for the channels that need the FM's code of the row itself."""
+    channels = [*method.features, *(head for head in method.heads if head == "fitnets")]
+    return {channel: "entity" if channel == "entity" else reading.tap for channel in channels}

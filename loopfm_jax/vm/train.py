@@ -1,101 +1,114 @@
 """Training a vertical model on the VM window and judging it on the holdout."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from loopfm_jax import checkpoint, infer, loop, sharding
-from loopfm_jax.data.batches import Batch
+from loopfm_jax import checkpoint, infer, loop
 from loopfm_jax.data.raw import Holdout, vm_windows
 from loopfm_jax.errors import UserError
-from loopfm_jax.history.packing import budget
-from loopfm_jax.history.store import Store, open_store, swapped
+from loopfm_jax.history.join import Join, reading_of
+from loopfm_jax.history.keys import key_values
+from loopfm_jax.history.reader import Past, Reading
+from loopfm_jax.history.store import open_export, open_histories, swapped
 from loopfm_jax.inputs import Inputs, open_inputs
 from loopfm_jax.vm.methods import Method
-from loopfm_jax.vm.student import History, Student, VMConfig, loss
-
-Histories = Literal["own", "swapped"]
+from loopfm_jax.vm.student import Student, VMConfig, now_taps
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows of the log joined with their histories and soft labels; call `batch(rows)`."""
+    """Rows of the log joined with what the FM left behind; call `batch(rows)`."""
 
     inputs: Inputs
-    store: Store
-    end: np.ndarray
-    length: np.ndarray
-    longest: int
     method: Method
+    reading: Reading
+    join: Join
+    codes: Mapping[str, np.ndarray]
+    """Tap -> stored codes of the exported rows themselves, where a channel needs them."""
 
-    def batch(self, rows: np.ndarray) -> Batch:
-        """Features, and for the open channels `teacher_B`, `end_B`, `length_B`, `seconds_B`, and
-        `slot_T`, whose length is the token budget of this batch."""
-        batch = self.inputs.batch(rows)
+    def batch(self, rows: np.ndarray) -> dict[str, Any]:
+        """Features, and for the open channels `teacher_B`, `codes` [B, columns] by tap, and what
+        `history.join.Join.batch` brings."""
+        batch: dict[str, Any] = dict(self.inputs.batch(rows))
         exported = rows - self.inputs.splits["vm"].start
-        if self.method.kd:
-            batch["teacher_B"] = self.store.teacher[exported]
-        if self.method.history:
-            seconds = (self.inputs.log["time"][rows] - self.store.start_ms) // 1000
-            batch |= {
-                "end_B": self.end[exported].astype(np.int32),
-                "length_B": self.length[exported],
-                "seconds_B": seconds.astype(np.int32),
-            }
-            slots = budget(batch["length_B"], longest=self.longest)
-            batch["slot_T"] = np.zeros(slots, np.uint8)
-        return batch
+        if {"kd", "adapter"} & set(self.method.heads):
+            batch["teacher_B"] = self.join.histories.teacher[exported]
+        if self.codes:
+            batch["codes"] = {tap: codes[exported] for tap, codes in self.codes.items()}
+        return batch | (self.join.batch(rows) if self.method.contents else {})
 
 
 def open_examples(
     data: Path,
     history: Path,
+    export: Path,
     facts: Mapping[str, Any],
     config: VMConfig,
     method: Method,
     *,
-    histories: Histories = "own",
+    swap: bool = False,
 ) -> Examples:
-    """Joins the prepared log with the histories of stage folder `history` (and its facts)."""
+    """Joins the prepared log with the stage folders `history` (with its facts) and `export`.
+
+    Args:
+      swap: every example reads the history of another key (a control).
+    """
     inputs = open_inputs(data, reader="vm", behaviours=config.backbone.reads_behaviours)
-    _check_cutoff(facts["cutoff_ms"], int(inputs.log["time"][inputs.splits["vm"].start]))
-    store = open_store(history, dict(facts))
-    end, length = store.end, store.length
-    if histories == "swapped":
-        end, length = swapped(store, inputs.log["key"][inputs.rows("vm", "validation", "test")])
-    return Examples(inputs, store, end, length, facts["longest"], method)
+    first = inputs.splits["vm"].start
+    check_cutoffs(facts["cutoffs"], int(inputs.log["time"][first]))
+    histories = open_histories(history, facts)
+    if swap:
+        keys = key_values(inputs.log, tuple(facts["keys"]))
+        histories = swapped(histories, {name: key[first:] for name, key in keys.items()})
+    reading = reading_of(histories, contents=method.contents, side=method.side)
+    _check_taps(method, reading, facts["taps"], inputs.schema.entity)
+    taps = sorted(set(now_taps(method, reading).values()))
+    codes = open_export(export, facts).codes if taps else {}
+    join = Join(inputs, histories, reading, first)
+    return Examples(inputs, method, reading, join, {tap: codes[tap] for tap in taps})
 
 
-def _check_cutoff(cutoff_ms: int, first_ms: int) -> None:
-    """The FM behind the codes must not have seen a label at or after any example's time."""
-    if cutoff_ms >= first_ms:
-        raise UserError(
-            f"the FM was trained on rows until {cutoff_ms} ms, but the VM window starts at "
-            f"{first_ms} ms: the codes would leak; train the FM on the FM window"
-        )
+def check_cutoffs(cutoffs: Sequence[Sequence[int]], first_ms: int) -> None:
+    """The FM behind a code must not have seen a label at or after the code's row.
+
+    Args:
+      cutoffs: (first ms of the rows, last ms that their FM was trained on), in order.
+      first_ms: when the VM window starts.
+    """
+    starts = [first_ms, *(start for start, _ in cutoffs[1:])]
+    for start_ms, (_, cutoff_ms) in zip(starts, cutoffs, strict=True):
+        if cutoff_ms >= start_ms:
+            raise UserError(
+                f"the FM was trained on rows until {cutoff_ms} ms, but exported rows from "
+                f"{start_ms} ms on: the codes would leak; train the FM on what comes before"
+            )
 
 
-def on_device(store: Store, facts: Mapping[str, Any], mesh: Mesh) -> History:
-    """The store as the step reads it, resident on the devices."""
-    arrays = {n: np.asarray(getattr(store, n)) for n in ("codes", "seconds", "outcome")}
-    return History(
-        **jax.device_put(arrays, sharding.split(mesh)),
-        code=facts["code"],
-        width=facts["width"],
-        longest=facts["longest"],
-    )
+def _check_taps(
+    method: Method, reading: Reading, taps: Sequence[str], entity: tuple[str, ...]
+) -> None:
+    """Raises UserError where a channel reads a tap that was not exported."""
+    if "entity" in method.features and not entity:
+        raise UserError("the method entity needs columns that describe the key: data.entity")
+    wanted = [tap for c in method.contents if (tap := reading.tap_of(c))]
+    for tap in (*wanted, *now_taps(method, reading).values()):
+        if tap not in taps:
+            raise UserError(
+                f"a channel reads the tap {tap!r}, but the export holds {', '.join(taps)}: name it "
+                "in --fm.taps"
+            )
 
 
 def train_vm(
     examples: Examples,
-    facts: Mapping[str, Any],
     config: VMConfig,
     *,
     mesh: Mesh,
@@ -111,18 +124,18 @@ def train_vm(
     method = examples.method
 
     def build(rngs: nnx.Rngs) -> Student:
-        return Student(examples.inputs.schema, config, method, code_width=facts["width"], rngs=rngs)
+        return Student(examples.inputs.schema, config, method, examples.reading, rngs=rngs)
 
-    history = on_device(examples.store, facts, mesh) if method.history else None
+    past = examples.join.past(mesh, encoder=config.encoder.name)
     trained = loop.train(
-        loop.Trainable(build, partial(loss, config=config.distil)),
+        loop.Trainable(build, partial(Student.loss, config=config.distil)),
         examples.inputs.rows(*vm_windows(holdout)),
         examples.batch,
         config=config.train,
         mesh=mesh,
         seed=seed,
         directory=directory,
-        constants=history,
+        constants=past,
         title=title,
     )
     judged = examples.inputs.rows(holdout)
@@ -140,7 +153,7 @@ def train_vm(
         {"prediction": prediction},
         batch=4096,
         mesh=mesh,
-        constants=history,
+        constants=past,
         title=f"{title} {holdout}",
     )
     prediction.flush()
@@ -153,7 +166,5 @@ def train_vm(
     }
 
 
-def _predict(
-    model: Student, batch: dict[str, jax.Array], history: History | None
-) -> dict[str, jax.Array]:
-    return {"prediction": nnx.sigmoid(model(batch, history)[0])}
+def _predict(model: Student, batch: dict[str, Any], past: Past) -> dict[str, jax.Array]:
+    return {"prediction": nnx.sigmoid(model(batch, past).logits_B)}

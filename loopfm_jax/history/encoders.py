@@ -16,6 +16,8 @@ from loopfm_jax.errors import UserError, check_limits
 from loopfm_jax.history.packing import Tokens
 
 EncoderName = Literal["mean", "sum", "din", "dmin"]
+TIMED = ("transformer",)
+"""Encoders that look at the age of entries."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,13 @@ class EncoderConfig:
     """Interests of the DMIN encoder (the paper: 4)."""
     score_hidden: tuple[int, ...] = (64, 32)
     """Hidden layers of the attention score."""
+    fields: int = 2
+    """K: how many fields of the embedding width a summary becomes."""
 
     def __post_init__(self) -> None:
-        check_limits("encoder", {"width": self.width, "heads": self.heads}, low=1)
+        check_limits(
+            "encoder", {"width": self.width, "heads": self.heads, "fields": self.fields}, low=1
+        )
         if self.name == "dmin" and self.width % self.heads:
             raise UserError(
                 f"encoder.width {self.width} does not divide into encoder.heads {self.heads}: make "

@@ -1,0 +1,166 @@
+"""What logs: a teacher, and how its codes are stored. One jitted step, batch -> stored bytes.
+
+Extraction, compression, quantisation and packing are one program; only stored bytes leave the
+device. Learned codes are fitted on the FM window (fm/codebook.py).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from loopfm_jax import infer
+from loopfm_jax.errors import UserError, check_limits
+from loopfm_jax.fm import codebook
+from loopfm_jax.fm.teacher import FMConfig, Teacher
+from loopfm_jax.fm.train import Lessons, known_rows
+from loopfm_jax.history.codes import Code, Codec, dequantise, quantise
+
+Refresh = Literal["fixed", "fresh", "linear", "ema", "anchored"]
+SAMPLE = 20_000
+"""Rows of the FM window on which codes are fitted and their losses measured."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What is stored per logged event."""
+
+    code: Code = "int4"
+    """kmeans4 and rq are fitted on the FM window."""
+    books: int = 4
+    """Bytes per code of `rq`: residual codebooks of 256 vectors each."""
+    prefix: int = 0
+    """Numbers kept of every code (Matryoshka); 0 = all."""
+    batch: int = 4096
+    refresh: Refresh = "fixed"
+    """`fixed` freezes the FM; otherwise it goes on learning, and its codes are taken as they come
+    (`fresh`), mapped back (`linear`), averaged (`ema`) or held (`anchored`); see fm/refresh.py."""
+    refresh_hours: float = 24.0
+    """Between two checkpoints."""
+    ema: float = 0.5
+    """Share of the average so far that every checkpoint leaves standing."""
+    anchor: float = 1.0
+    """Weight of the distance to the first checkpoint's codes."""
+
+    def __post_init__(self) -> None:
+        check_limits("export", {"prefix": self.prefix, "anchor": self.anchor}, low=0)
+        check_limits("export", {"ema": self.ema}, low=0, high=1)
+        check_limits("export", {"refresh_hours": self.refresh_hours}, low=0.01)
+        check_limits("export", {"batch": self.batch, "books": self.books}, low=1)
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """A teacher and how its codes are stored."""
+
+    lessons: Lessons
+    model: Teacher
+    codecs: Mapping[str, Codec]
+    """By tap."""
+    mesh: Mesh
+    batch: int
+    past: Any
+    learner: Any = None
+    """The model that goes on learning, where that is not the one that logs (`fm.refresh`)."""
+    align: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Tap -> affine map [Z+1,Z] of its codes into an older checkpoint's space."""
+
+    def run(self, rows: np.ndarray, writers: Mapping[str, np.ndarray], *, title: str) -> float:
+        """Fills `codes_<tap>` and `soft` of `writers` for these rows; returns examples/s."""
+
+        def step(
+            model: Teacher, batch: dict[str, Any], constants: tuple[Any, Any, Any]
+        ) -> dict[str, jax.Array]:
+            codecs, align, past = constants
+            taught = model(batch, past)
+            stored = {"soft": nnx.sigmoid(taught.logits_B)}
+            for tap, code_BZ in taught.codes.items():
+                code_BZ = code_BZ[:, : codecs[tap].width]
+                if tap in align:
+                    code_BZ = jnp.clip(code_BZ @ align[tap][:-1] + align[tap][-1:], -1, 1)
+                stored[f"codes_{tap}"] = quantise(code_BZ, codecs[tap])
+            return stored
+
+        return infer.run(
+            self.model,
+            step,
+            rows,
+            self.lessons.batch,
+            writers,
+            batch=self.batch,
+            mesh=self.mesh,
+            constants=(dict(self.codecs), dict(self.align), self.past),
+            title=title,
+        )
+
+
+def code_width(config: ExportConfig, fm_config: FMConfig) -> int:
+    """Numbers per stored code."""
+    width = config.prefix or fm_config.compressor.width
+    if width > fm_config.compressor.width:
+        raise UserError(
+            f"export.prefix is {width}, but a code has only fm.compressor.width = "
+            f"{fm_config.compressor.width} numbers; lower the prefix"
+        )
+    return width
+
+
+def fit(
+    lessons: Lessons,
+    model: Any,
+    config: ExportConfig,
+    fm_config: FMConfig,
+    *,
+    mesh: Mesh,
+    seed: int,
+    before: int,
+    directory: Path,
+) -> tuple[Exporter, dict[str, dict[str, float]]]:
+    """The codes of every tap, fitted on rows before `before`, and what they lose there.
+
+    Returns:
+      the exporter, and per tap `quantised`: the share of the codes' variance that storing loses.
+    """
+    width = code_width(config, fm_config)
+    rows = known_rows(lessons.inputs, before=before)
+    rows = rows[:: max(1, len(rows) // SAMPLE)]
+    past = lessons.past(mesh, fm_config)
+    plain = {tap: Codec("fp32", width) for tap in fm_config.taps}
+    sampler = Exporter(lessons, model, plain, mesh, config.batch, past)
+    sample = {f"codes_{tap}": np.zeros((len(rows), width), np.float32) for tap in plain}
+    soft = {"soft": np.zeros(len(rows), np.float32)}
+    sampler.run(rows, sample | soft, title="codes of the FM window")
+    codecs, losses = {}, {}
+    for tap in fm_config.taps:
+        z = sample[f"codes_{tap}"]
+        book = codebook.fit(z, config.code, books=config.books, seed=seed)
+        if book is not None:
+            np.save(directory / f"book_{tap}.npy", book, allow_pickle=False)
+        codecs[tap] = Codec(config.code, width, book)
+        losses[tap] = {"quantised": _loss(z, codecs[tap])}
+    return Exporter(lessons, model, codecs, mesh, config.batch, past), losses
+
+
+def _loss(z: np.ndarray, codec: Codec) -> float:
+    """The share of the codes' variance that storing them loses."""
+    back = np.asarray(dequantise(quantise(jnp.asarray(z), codec), codec))
+    return float(np.square(z - back).sum() / np.square(z - z.mean(axis=0)).sum())
+
+
+def open_writers(
+    directory: Path, rows: int, codecs: Mapping[str, Codec]
+) -> dict[str, np.memmap[Any, Any]]:
+    """Files to be filled: `codes_<tap>` and `soft`."""
+    shapes = {f"codes_{tap}": (c.dtype, (rows, c.columns)) for tap, c in codecs.items()}
+    return {
+        name: np.lib.format.open_memmap(
+            directory / f"{name}.npy", mode="w+", dtype=dtype, shape=shape
+        )
+        for name, (dtype, shape) in (shapes | {"soft": ("float32", (rows,))}).items()
+    }

@@ -1,0 +1,194 @@
+"""What a model reads of histories: entries on the device -> K more fields of its backbone.
+
+A history can be read for the FM's codes (LoopFM), for codes of another tap (item-only), for the
+soft labels alone, or for the raw ids that a VM could have logged without any FM (PAPER section 3,
+tables 4, 5 and 11). Each of them, for every kind of key, has an encoder of its own; the summaries
+join the backbone as fields of the embedding width, before the interaction layers (section 1,
+stage 4).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+
+from loopfm_jax.data.schema import Schema
+from loopfm_jax.history.codes import Codec, dequantise
+from loopfm_jax.history.encoders import ENCODERS, EncoderConfig
+from loopfm_jax.history.packing import Tokens, pack
+from loopfm_jax.history.store import Side
+from loopfm_jax.tables import Embedded, TableConfig
+
+Content = Literal["loopfm", "item-only", "soft", "raw"]
+CONTENTS: tuple[Content, ...] = get_args(Content)
+Array = jax.Array | np.ndarray
+MINUTE, WEEK = 60.0, 7 * 86_400.0
+
+
+@struct.dataclass
+class Entries:
+    """A device-resident store by one kind of key; what nobody reads is None or absent."""
+
+    codes: dict[str, Array]
+    """tap -> [S, columns]."""
+    ids_SF: Array | None
+    """Fused ids of the candidate's fields, in the reading model's id space."""
+    seconds: Array | None
+    outcome: Array | None
+    soft: Array | None
+    longest: int = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class Past:
+    """All that a step reads of the FM besides its batch."""
+
+    entries: dict[str, Entries]
+    """By kind of key."""
+    codecs: dict[str, Codec]
+    """By tap."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read."""
+
+    contents: tuple[Content, ...]
+    keys: tuple[str, ...]
+    side: tuple[Side, ...]
+    """Told of every entry besides its content."""
+    codecs: Mapping[str, Codec]
+    """By tap."""
+    tap: str
+    """The tap of `loopfm`; `item-only` reads the tap `item`."""
+
+    @property
+    def parts(self) -> tuple[tuple[str, Content], ...]:
+        """(key, content) of every summary."""
+        return tuple((key, content) for key in self.keys for content in self.contents)
+
+    def tap_of(self, content: Content) -> str | None:
+        return {"loopfm": self.tap, "item-only": "item"}.get(content)
+
+    def width(self, content: Content, schema: Schema, tables: TableConfig) -> int:
+        """Numbers per token."""
+        tap = self.tap_of(content)
+        own = {"soft": 1, "raw": len(raw_fields(schema)) * tables.width}
+        return (self.codecs[tap].width if tap else own[content]) + len(self.side)
+
+
+def raw_fields(schema: Schema) -> tuple[str, ...]:
+    """The candidate's fields whose ids `raw` histories hold: those with trained tables."""
+    return tuple(name for name in schema.item if not schema[name].frozen_width)
+
+
+class Readers(nnx.Module):
+    """Histories of a batch -> [B, K, E]: `config.fields` fields per key and content.
+
+    Args:
+      reading: what is read.
+      schema: of the model; its `item` fields are the query.
+      config: the encoders.
+      tables: the model's embedding tables.
+    """
+
+    def __init__(
+        self,
+        reading: Reading,
+        schema: Schema,
+        config: EncoderConfig,
+        tables: TableConfig,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.item, self.width = schema.item, tables.width
+        self.side, self.keys, self.parts = reading.side, reading.keys, reading.parts
+        self.taps = tuple(reading.tap_of(content) for _, content in self.parts)
+        self.fields = config.fields * len(self.parts)
+        query = len(schema.item) * tables.width
+        self.encoders = nnx.List(
+            ENCODERS[config.name](reading.width(content, schema, tables), query, config, rngs=rngs)
+            for _, content in self.parts
+        )
+        self.summaries = nnx.List(
+            # As small as the rows they join: training starts from the model without histories.
+            nnx.Linear(
+                encoder.outputs,
+                config.fields * tables.width,
+                kernel_init=nnx.initializers.normal(tables.init_std),
+                rngs=rngs,
+            )
+            for encoder in self.encoders
+        )
+
+    def __call__(
+        self,
+        batch: Mapping[str, Any],
+        embedded: Embedded,
+        past: Past,
+        lookup: Callable[[jax.Array], jax.Array],
+    ) -> jax.Array:
+        """Args:
+        batch: `slices` by key (`end_B`, `length_B`, `slot_T`) and `seconds_B`.
+        embedded: the batch's features.
+        past: the stores.
+        lookup: fused ids -> rows of the model's table.
+        """
+        query_BQ = jnp.concatenate([embedded.fields[name] for name in self.item], axis=1)
+        tokens = {key: self._tokens(batch, key, past.entries[key]) for key in self.keys}
+        fields = []
+        for i, (key, _) in enumerate(self.parts):
+            value_TX = self._values(past, tokens[key], i, lookup)
+            summary_BX = self.summaries[i](self.encoders[i](value_TX, query_BQ, tokens[key]))
+            fields.append(summary_BX.reshape(len(query_BQ), -1, self.width))
+        return jnp.concatenate(fields, axis=1)
+
+    def _tokens(self, batch: Mapping[str, Any], key: str, entries: Entries) -> Tokens:
+        found = batch["slices"][key]
+        tokens = pack(
+            found["end_B"],
+            found["length_B"],
+            slots=len(found["slot_T"]),
+            longest=entries.longest,
+        )
+        if entries.seconds is None:
+            return tokens
+        age_T = (
+            tokens.spread(batch["seconds_B"]) - jnp.asarray(entries.seconds)[tokens.row_T]
+        ).astype(jnp.float32)
+        return replace(tokens, age_T=jnp.maximum(age_T, 0))
+
+    def _values(
+        self,
+        past: Past,
+        tokens: Tokens,
+        part: int,
+        lookup: Callable[[jax.Array], jax.Array],
+    ) -> jax.Array:
+        """Entries of the tokens with their side information, [T,X]; zeros at unreal slots."""
+        (key, content), tap = self.parts[part], self.taps[part]
+        entries, row_T = past.entries[key], tokens.row_T
+        if tap is not None:
+            parts = [dequantise(jnp.asarray(entries.codes[tap])[row_T], past.codecs[tap])]
+        elif content == "raw":
+            assert entries.ids_SF is not None
+            parts = [lookup(jnp.asarray(entries.ids_SF)[row_T]).reshape(len(row_T), -1)]
+        else:
+            assert entries.soft is not None
+            parts = [jnp.asarray(entries.soft)[row_T][:, None]]
+        parts += [tell(entries, tokens, side)[:, None] for side in self.side]
+        return jnp.where(tokens.real_T[:, None], jnp.concatenate(parts, axis=1), 0)
+
+
+def tell(entries: Entries, tokens: Tokens, side: Side) -> jax.Array:
+    """A fact about every entry, [T]: `outcome` is -1 or 1; `age` the logarithm of the seconds
+    since the entry, scaled to about [0, 1]."""
+    if side == "outcome":
+        assert entries.outcome is not None
+        return 2 * jnp.asarray(entries.outcome)[tokens.row_T].astype(jnp.float32) - 1
+    assert tokens.age_T is not None
+    return jnp.log1p(tokens.age_T / MINUTE) / jnp.log1p(WEEK / MINUTE)
