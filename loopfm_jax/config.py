@@ -6,10 +6,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from loopfm_jax.data.bars_sets import AmazonElectronicsX1, KuaiVideoX1, TaobaoAdX1
 from loopfm_jax.data.kuairand import KuaiRandPure
 from loopfm_jax.data.raw import Holdout
 from loopfm_jax.data.synthetic import Synthetic
 from loopfm_jax.data.tabular import TabularLog
+from loopfm_jax.data.taobao_ad import TaobaoAd
 from loopfm_jax.errors import UserError, check_limits
 from loopfm_jax.fm.exporter import ExportConfig
 from loopfm_jax.fm.teacher import FMConfig
@@ -25,7 +27,15 @@ Control = Literal["swapped-histories", "shuffled-labels"]
 class Config:
     """A whole LoopFM experiment."""
 
-    data: Synthetic | KuaiRandPure | TabularLog = field(default_factory=Synthetic)
+    data: (
+        Synthetic
+        | KuaiRandPure
+        | TaobaoAd
+        | TaobaoAdX1
+        | KuaiVideoX1
+        | AmazonElectronicsX1
+        | TabularLog
+    ) = field(default_factory=Synthetic)
     fm: FMConfig = field(default_factory=FMConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     history: HistoryConfig = field(default_factory=HistoryConfig)

@@ -14,10 +14,12 @@ from pathlib import Path
 
 from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.config import Config
+from loopfm_jax.data.bars_sets import AmazonElectronicsX1, KuaiVideoX1, TaobaoAdX1
 from loopfm_jax.data.batches import OrderConfig
 from loopfm_jax.data.kuairand import KuaiRandPure
 from loopfm_jax.data.synthetic import Synthetic
 from loopfm_jax.data.tabular import TabularLog
+from loopfm_jax.data.taobao_ad import TaobaoAd
 from loopfm_jax.fm.compressor import CompressorConfig
 from loopfm_jax.fm.teacher import FMConfig
 from loopfm_jax.history.store import HistoryConfig

@@ -1,13 +1,13 @@
-"""The TFDS builder behind every prepared log: ArrayRecord files whose records are columnar blocks.
+"""The TFDS data set behind every prepared log: ArrayRecord files whose records are columnar blocks.
 
 One record holds some thousand consecutive rows (a thousand times faster to read than one record a
 row), in time order, and never straddles a window: the splits are the windows. TensorFlow is not
-needed, neither to build nor to read.
+needed, neither to build nor to read. Blocks are written one after another: a builder's own
+`download_and_prepare` holds a whole split in memory, and needs TensorFlow beyond 1 GB of it.
 """
 
-import io
 from collections.abc import Iterator, Mapping
-from contextlib import redirect_stdout
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,63 +17,73 @@ import tensorflow_datasets as tfds
 from loopfm_jax.data.raw import Card
 
 BLOCK_ROWS = 4096
+SHARD_BLOCKS = 1000
 VERSION = "1.0.0"
-KEY_BITS = 128
-"""TFDS puts records into buckets by the upper bits of their keys, and holds one bucket in memory:
-keys are spread over the whole range, or all records of a large log would share a bucket."""
-
 
 Columns = np.ndarray | tuple[np.ndarray, ...]
 """A column [rows, ...]; several of one type are stored as one, [rows, len]."""
+Ragged = tuple[np.ndarray, np.ndarray]
+"""Values of all rows, and how many each row has."""
 
 
-class LogBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Writes columns into blocks, one split per window."""
+def write(
+    name: str,
+    directory: Path,
+    *,
+    columns: Mapping[str, Columns],
+    ragged: Mapping[str, Ragged],
+    bounds: Mapping[str, tuple[int, int]],
+    card: Card,
+) -> Path:
+    """Writes the data set `name` under `directory`; returns the folder TFDS can read it from.
 
-    VERSION = tfds.core.Version(VERSION)
+    Args:
+      bounds: first and last row (exclusive) of every split.
+    """
+    folder = directory / name / VERSION
+    folder.mkdir(parents=True)
+    features = {n: _feature(_part(v, 0, 0)) for n, v in columns.items()}
+    for n, (values, lengths) in ragged.items():
+        features |= {f"{n}/values": _feature(values), f"{n}/lengths": _feature(lengths)}
+    identity = tfds.core.DatasetIdentity(
+        name=name, version=tfds.core.Version(VERSION), data_dir=str(folder), module_name=__name__
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity,
+        description=card.description,
+        homepage=card.homepage or None,
+        citation=card.citation or None,
+        license=card.license or None,
+        features=tfds.features.FeaturesDict(features),
+        disable_shuffling=True,  # keeps the time order
+    )
+    writer = tfds.core.SequentialWriter(info, SHARD_BLOCKS, file_format="array_record")
+    writer.initialize_splits(list(bounds))
+    try:
+        for split, (start, stop) in bounds.items():
+            blocks: Any = _blocks(columns, ragged, start, stop)
+            writer.add_examples({split: blocks})
+        writer.close_all()
+    except BaseException:
+        for split in bounds:  # on a full disk, say, closing may fail too, but not leave files open
+            with suppress(Exception):
+                writer.close_splits([split])
+        raise
+    return folder
 
-    def __init__(
-        self,
-        *,
-        columns: Mapping[str, Columns],
-        ragged: Mapping[str, tuple[np.ndarray, np.ndarray]],
-        bounds: Mapping[str, tuple[int, int]],
-        card: Card,
-        **kwargs: Any,
-    ):
-        self._columns, self._ragged = columns, ragged
-        self._bounds, self._card = bounds, card
-        super().__init__(file_format="array_record", **kwargs)
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = {name: _feature(_part(v, 0, 0)) for name, v in self._columns.items()}
-        for name, (values, lengths) in self._ragged.items():
-            features[f"{name}/values"] = _feature(values)
-            features[f"{name}/lengths"] = _feature(lengths)
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=self._card.description,
-            homepage=self._card.homepage or None,
-            citation=self._card.citation or None,
-            license=self._card.license or None,
-            features=tfds.features.FeaturesDict(features),
-            disable_shuffling=True,  # keeps the time order
-        )
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[Any]]:
-        del dl_manager  # sources fetch their own files: they know how to check them
-        return {name: self._generate_examples(*rows) for name, rows in self._bounds.items()}
-
-    def _generate_examples(self, start: int, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        ends = {name: np.cumsum(lengths) for name, (_, lengths) in self._ragged.items()}
-        for low in range(start, stop, BLOCK_ROWS):
-            high = min(low + BLOCK_ROWS, stop)
-            block = {name: _part(values, low, high) for name, values in self._columns.items()}
-            for name, (values, lengths) in self._ragged.items():
-                first = ends[name][low - 1] if low else 0
-                block[f"{name}/values"] = values[first : ends[name][high - 1]]
-                block[f"{name}/lengths"] = lengths[low:high]
-            yield ((low - start) << KEY_BITS) // (stop - start), block
+def _blocks(
+    columns: Mapping[str, Columns], ragged: Mapping[str, Ragged], start: int, stop: int
+) -> Iterator[dict[str, np.ndarray]]:
+    ends = {name: np.cumsum(lengths) for name, (_, lengths) in ragged.items()}
+    for low in range(start, stop, BLOCK_ROWS):
+        high = min(low + BLOCK_ROWS, stop)
+        block = {name: _part(values, low, high) for name, values in columns.items()}
+        for name, (values, lengths) in ragged.items():
+            first = ends[name][low - 1] if low else 0
+            block[f"{name}/values"] = values[first : ends[name][high - 1]]
+            block[f"{name}/lengths"] = lengths[low:high]
+        yield block
 
 
 def _feature(values: np.ndarray) -> tfds.features.Tensor:
@@ -90,16 +100,6 @@ def _part(values: Columns, low: int, high: int) -> np.ndarray:
         parts = [v[low:high] for v in values]
         return np.stack(parts, axis=1) if parts else np.zeros((high - low, 0), np.int32)
     return values[low:high]
-
-
-def write(name: str, directory: Path, **contents: Any) -> Path:
-    """Builds the data set `name` under `directory`; returns the folder TFDS can read it from."""
-    tfds.disable_progress_bar()
-    builder_class = type(name, (LogBuilder,), {"name": name}, skip_registration=True)
-    builder = builder_class(data_dir=directory, **contents)
-    with redirect_stdout(io.StringIO()):  # it speaks of downloads that do not take place
-        builder.download_and_prepare()
-    return Path(builder.data_dir)
 
 
 def read(directory: Path, rows: Mapping[str, int]) -> dict[str, np.ndarray]:

@@ -56,14 +56,14 @@ def dense(values: pl.Series) -> np.ndarray:
     return (values.rank("dense") - 1).cast(pl.Int64).to_numpy()
 
 
-def by_appearance(codes: np.ndarray, texts: pl.Series) -> np.ndarray:
-    """Codes -> int32 0..K-1 by first appearance: later values renumber nothing."""
-    same = code(texts).codes.astype(np.int32)  # texts may repeat: those values are one
-    seen = pl.Series(same[codes])
-    first = seen.unique(maintain_order=True).to_numpy()
-    numbers = np.empty(len(texts), np.int32)
-    numbers[first] = np.arange(len(first), dtype=np.int32)
-    return numbers[seen.to_numpy()]
+def by_appearance(coded: Coded) -> np.ndarray:
+    """Values -> int32 0..K-1 by first appearance: later values renumber nothing."""
+    codes = coded.codes
+    first = np.full(len(coded.texts), len(codes))
+    first[codes[::-1]] = np.arange(len(codes) - 1, -1, -1)  # of equal codes the last one stays
+    numbers = np.empty(len(first), np.int32)
+    numbers[np.argsort(first)] = np.arange(len(first), dtype=np.int32)
+    return numbers[codes]
 
 
 def _code_integers(values: pl.Series, low: int, high: int) -> Coded:

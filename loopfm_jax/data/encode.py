@@ -61,7 +61,7 @@ class _Part:
 
 
 def encode(
-    raw: RawLog, frame: pl.DataFrame, *, fm_rows: int, order: np.ndarray | None = None
+    raw: RawLog, frame: pl.DataFrame, *, fm_rows: int, order: pl.Series | None = None
 ) -> Encoded:
     """Fits on the first `fm_rows` rows and encodes all of them.
 
@@ -69,11 +69,11 @@ def encode(
       frame: the columns of `raw.columns` and of its sequences.
       order: row numbers of `frame` in time order; by default as they stand.
     """
-    order = np.arange(len(frame)) if order is None else order
+    order = pl.int_range(len(frame), eager=True) if order is None else order
     discrete = [c for c in raw.columns if c.kind != "numeric" or c.buckets]
-    parts = [_split(frame[c.name], c, order, fm_rows) for c in discrete]
+    parts = [_split(frame[c.name].gather(order), c, fm_rows) for c in discrete]
     for group in raw.sequences:
-        parts.extend(_side_parts(group, frame, order[:fm_rows]))
+        parts.extend(_side_parts(group, frame, order.head(fm_rows)))
     vocabularies = _fit(parts, raw)
     numeric = [c for c in raw.columns if c.kind == "numeric" and not c.buckets]
     floats, normalisers = _normalise(frame, numeric, order, fm_rows)
@@ -111,11 +111,11 @@ def encode(
     )
 
 
-def _split(values: pl.Series, column: Column, order: np.ndarray, fm_rows: int) -> _Part:
+def _split(values: pl.Series, column: Column, fm_rows: int) -> _Part:
+    """A column in time order."""
     if column.kind == "sequence":
-        return _split_lists(values.gather(order), column, fm_rows)
-    coded = _buckets(values, column, order[:fm_rows]) if column.buckets else code(values)
-    coded = Coded(coded.codes[order], coded.texts)
+        return _split_lists(values, column, fm_rows)
+    coded = _buckets(values, column, fm_rows) if column.buckets else code(values)
     return _Part(column, coded, Coded(coded.codes[:fm_rows], coded.texts).counts())
 
 
@@ -129,10 +129,10 @@ def _split_lists(values: pl.Series, column: Column, fm_rows: int) -> _Part:
     return _Part(column, coded, seen.counts(), lengths)
 
 
-def _side_parts(group: Sequences, frame: pl.DataFrame, fm_order: np.ndarray) -> list[_Part]:
+def _side_parts(group: Sequences, frame: pl.DataFrame, fm_order: pl.Series) -> list[_Part]:
     """Columns stored beside the log, counted by the FM rows whose slices cover each value."""
-    end = frame[f"{group.name}/end"].to_numpy()[fm_order]
-    length = frame[f"{group.name}/length"].to_numpy()[fm_order]
+    end = frame[f"{group.name}/end"].gather(fm_order).to_numpy()
+    length = frame[f"{group.name}/length"].gather(fm_order).to_numpy()
     size = len(next(iter(group.values.values())).codes)
     cover = np.zeros(size + 1, np.int32)
     np.add.at(cover, end - length, 1)
@@ -144,10 +144,10 @@ def _side_parts(group: Sequences, frame: pl.DataFrame, fm_order: np.ndarray) -> 
     ]
 
 
-def _buckets(values: pl.Series, column: Column, fm_order: np.ndarray) -> Coded:
+def _buckets(values: pl.Series, column: Column, fm_rows: int) -> Coded:
     """Quantile buckets of the FM window."""
     numbers = values.cast(pl.Float64).to_numpy()
-    edges = np.unique(np.quantile(numbers[fm_order], np.linspace(0, 1, column.buckets + 1)))
+    edges = np.unique(np.quantile(numbers[:fm_rows], np.linspace(0, 1, column.buckets + 1)))
     buckets = np.searchsorted(edges[1:-1], numbers, side="right").astype(np.int32)
     return Coded(buckets, as_text(pl.int_range(max(len(edges) - 1, 1), eager=True)))
 
@@ -207,12 +207,12 @@ def _check_pretrained(part: _Part, local: np.ndarray, table: Pretrained) -> None
 
 @np.errstate(over="ignore", invalid="ignore")  # what does not fit is refused below
 def _normalise(
-    frame: pl.DataFrame, columns: list[Column], order: np.ndarray, fm_rows: int
+    frame: pl.DataFrame, columns: list[Column], order: pl.Series, fm_rows: int
 ) -> tuple[np.ndarray, tuple[Numeric, ...]]:
     floats = np.zeros((len(order), len(columns)), np.float32)
     fitted = []
     for i, column in enumerate(columns):
-        values = frame[column.name].cast(pl.Float64).to_numpy()[order]
+        values = frame[column.name].gather(order).cast(pl.Float64).to_numpy()
         values = np.log1p(values) if column.log else values
         mean, std = float(values[:fm_rows].mean()), float(values[:fm_rows].std())
         if std <= ROUNDING * abs(mean):  # a constant; the rounding of its mean is no scale

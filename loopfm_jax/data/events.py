@@ -24,7 +24,7 @@ BUCKETS = 64
 BATCH = 1 << 20
 
 
-def place(raw: RawLog, order: np.ndarray, *, scratch: Path) -> RawLog:
+def place(raw: RawLog, order: pl.Series, *, scratch: Path) -> RawLog:
     """The log with `sequences` in place of its `events`.
 
     Args:
@@ -43,14 +43,15 @@ def place(raw: RawLog, order: np.ndarray, *, scratch: Path) -> RawLog:
         .group_by("key")
         .agg(pl.first("number"), pl.max("time").alias("last"))
     )
+    bucket = _bucket(number, len(keys))
     names = [c.name for c in events.columns]
     record = np.dtype([("number", "i4"), ("time", "i8"), *((name, "i4") for name in names)])
     kept, end, length = [], np.zeros(len(order), np.int64), np.zeros(len(order), np.int32)
     placed = 0
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".events") as folder:
         paths = _split(events, keys, record, Path(folder))
-        for bucket, path in enumerate(paths):
-            rows = np.flatnonzero(number.astype(np.int64) * BUCKETS // len(keys) == bucket)
+        for i, path in enumerate(paths):
+            rows = np.flatnonzero(bucket == i)
             seen, stop, count = _visible(
                 np.fromfile(path, record),
                 number[rows],
@@ -58,7 +59,7 @@ def place(raw: RawLog, order: np.ndarray, *, scratch: Path) -> RawLog:
                 length=events.length,
             )
             end[rows], length[rows] = stop + placed, count
-            kept.append({name: seen[name].copy() for name in names})
+            kept.append({name: seen[name].to_numpy() for name in names})
             placed += len(seen)
             path.unlink()
     values = {name: np.concatenate([part.pop(name) for part in kept]) for name in names}
@@ -80,8 +81,8 @@ def _split(events: Events, keys: pl.DataFrame, record: np.dtype, folder: Path) -
                 rows = np.empty(len(batch), record)
                 for name in batch.columns:
                     rows[name] = batch[name].to_numpy()
-                bucket = rows["number"].astype(np.int64) * BUCKETS // len(keys)
-                by_bucket = np.argsort(bucket.astype(np.uint8), kind="stable")
+                bucket = _bucket(rows["number"], len(keys))
+                by_bucket = np.argsort(bucket, kind="stable")
                 rows = rows[by_bucket]
                 stops = np.searchsorted(bucket[by_bucket], np.arange(BUCKETS + 1))
                 for file, low, high in zip(files, stops[:-1], stops[1:], strict=True):
@@ -92,44 +93,58 @@ def _split(events: Events, keys: pl.DataFrame, record: np.dtype, folder: Path) -
     return paths
 
 
+def _bucket(number: np.ndarray, keys: int) -> np.ndarray:
+    return (number.astype(np.int64) * BUCKETS // keys).astype(np.uint8)
+
+
 def _visible(
     rows: np.ndarray, number: np.ndarray, time: np.ndarray, *, length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[pl.DataFrame, np.ndarray, np.ndarray]:
     """The events that some example sees, sorted, and every example's (end, length) among them."""
-    if not len(rows):
-        return rows, np.zeros(len(time), np.int64), np.zeros(len(time), np.int32)
     frame = pl.DataFrame({name: rows[name] for name in rows.dtype.names or ()})
-    rows = rows[order_rows(frame, by=("number", "time"))]
+    if not len(rows):
+        return frame, np.zeros(len(time), np.int64), np.zeros(len(time), np.int32)
     low, high = int(rows["time"].min()), int(rows["time"].max())
     base, span = int(rows["number"].min()), high - low + 1
+    order = order_rows(frame, by=("number", "time"))
 
     def pack(number: np.ndarray, since: np.ndarray | int) -> np.ndarray:
         return (number.astype(np.int64) - base) * span + since
 
-    packed = pack(rows["number"], rows["time"] - low)
-    end = np.searchsorted(packed, pack(number, np.clip(time - low, 0, span)))
-    start = np.searchsorted(packed, pack(number, 0))
+    keys, times = (frame[name].gather(order).to_numpy() for name in ("number", "time"))
+    packed = pack(keys, times - low)
+    end = _search(packed, pack(number, np.clip(time - low, 0, span)))
+    start = _search(packed, pack(number, 0))
     count = np.minimum(end - start, length).astype(np.int32)
     cover = np.zeros(len(rows) + 1, np.int32)
     np.add.at(cover, end - count, 1)
     np.add.at(cover, end, -1)
     seen = np.cumsum(cover)[:-1] > 0
     before = np.concatenate([[0], np.cumsum(seen)])
-    return rows[seen], before[end], count
+    return frame[order.filter(pl.Series(seen))], before[end], count
+
+
+def _search(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """`np.searchsorted`, in the order of what is wanted: five times faster on large arrays."""
+    order = np.argsort(wanted)
+    found = np.empty(len(wanted), np.int64)
+    found[order] = np.searchsorted(values, wanted[order])
+    return found
 
 
 def _with_slices(
     raw: RawLog,
     events: Events,
     values: Mapping[str, np.ndarray],
-    order: np.ndarray,
+    order: pl.Series,
     end: np.ndarray,
     length: np.ndarray,
 ) -> RawLog:
     kinds = events.scan.collect_schema()
     coded = {name: _coded(kinds[name], v) for name, v in values.items()}
-    slices = {"end": np.zeros(len(raw.frame), np.int64), "length": np.zeros(len(raw.frame), int)}
-    slices["end"][order], slices["length"][order] = end, length
+    slices = {"end": np.zeros(len(raw.frame), np.int64), "length": np.zeros(len(raw.frame), "i4")}
+    rows = order.to_numpy()
+    slices["end"][rows], slices["length"][rows] = end, length
     columns = [pl.Series(f"{events.name}/{part}", v) for part, v in slices.items()]
     return replace(
         raw,
@@ -141,5 +156,6 @@ def _with_slices(
 
 def _coded(kind: pl.DataType, values: np.ndarray) -> Coded:
     if isinstance(kind, pl.Enum):
-        return Coded(values, pl.Series(kind.categories, dtype=pl.String))
-    return code(pl.Series(values))
+        return Coded(values.astype(np.uint8), pl.Series(kind.categories, dtype=pl.String))
+    coded = code(pl.Series(values))
+    return Coded(coded.codes.astype(np.min_scalar_type(len(coded.texts))), coded.texts)

@@ -1,6 +1,7 @@
 """Raw files -> frames, with errors that name the file, the column and the fix."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from loopfm_jax.errors import UserError
 PARQUET = (".parquet", ".pq")
 
 
-def find_table(folder: Path, name: str, *, needed: bool = True) -> Path | None:
+def find_table(folder: Path | None, name: str, *, needed: bool = True) -> Path | None:
     """`name.csv` or `name.csv.gz` in `folder` or its `data/` sub-folder (the release's layout)."""
+    if folder is None:
+        raise UserError("where is the data? give the folder of its files with --data.raw-dir")
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: check --data.raw-dir")
     for parent in (folder, folder / "data"):
@@ -35,22 +38,49 @@ def read_csv(
       UserError: a column is missing, a value has the wrong type, or the file is cut off.
     """
     assert path is not None
-    try:
+    with reading(path):
         header = pl.read_csv(path, n_rows=0, glob=False).columns
         require_columns(header, columns, where=path)
         whole = {name: pl.String for name in header} | dict(types or {})
         return pl.read_csv(path, schema_overrides=whole, glob=False)
-    except (pl.exceptions.PolarsError, OSError, EOFError) as error:
+
+
+def scan_csv(path: Path | None, types: Mapping[str, Any]) -> pl.LazyFrame:
+    """The named columns of a CSV file, to be read in a streaming query; NULL means missing.
+
+    Headers are taken without surrounding blanks. Ids that were saved as floats (`17.0`) are given
+    the type Float64 here, and cast by the caller.
+
+    Raises:
+      UserError: the file cannot be opened, or a column is missing. What is found later, in the
+        middle of the file, is a PolarsError of the query: collect it under `reading(path)`.
+    """
+    assert path is not None
+    with reading(path):
+        header = pl.read_csv(path, n_rows=0, glob=False, infer_schema=False).columns
+        names = {name.strip(): name for name in header}
+        require_columns(names, types, where=path)
+        whole = {names[name]: kind for name, kind in types.items()}
+        scan = pl.scan_csv(
+            path, schema_overrides=whole, glob=False, null_values=["NULL"], infer_schema=False
+        )
+        return scan.select(pl.col(raw).alias(raw.strip()) for raw in whole)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while a file is read into one message that names it."""
+    try:
+        yield
+    except (pl.exceptions.PolarsError, pyarrow.ArrowInvalid, OSError, EOFError) as error:
         raise UserError(f"{path} cannot be read: {_first_line(error)}") from None
 
 
 def read_parquet(path: Path, columns: Iterable[str]) -> pl.DataFrame:
     """A Parquet file that has at least these columns."""
-    try:
+    with reading(path):
         require_columns(pl.read_parquet_schema(path), columns, where=path)
         return pl.read_parquet(path, glob=False)
-    except (pl.exceptions.PolarsError, pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} cannot be read: {_first_line(error)}") from None
 
 
 def read_table(path: Path, columns: Iterable[str]) -> pl.DataFrame:

@@ -26,11 +26,11 @@ def collapse_groups(frame: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def order_rows(frame: pl.DataFrame, by: tuple[str, str] = ("time", "key")) -> np.ndarray:
+def order_rows(frame: pl.DataFrame, by: tuple[str, str] = ("time", "key")) -> pl.Series:
     """Row numbers sorted by two columns and then by every other one, in the frame's order."""
-    order = frame.select(pl.arg_sort_by(*by)).to_series().to_numpy().copy()
-    tied = np.arange(len(order))
-    run = _runs([frame[name].gather(order) for name in by])
+    first = frame.select(pl.arg_sort_by(*by)).to_series()
+    run = _runs([frame[name].gather(first) for name in by])
+    order, tied = first.to_numpy().copy(), np.arange(len(frame))
     for name in (n for n in frame.columns if n not in by):
         again = _repeated(run)
         tied, run = tied[again], run[again]
@@ -41,7 +41,7 @@ def order_rows(frame: pl.DataFrame, by: tuple[str, str] = ("time", "key")) -> np
         order[tied] = order[tied][finer]
         rows = rows[finer]
         run = _runs([rows["run"], rows["value"]])
-    return order
+    return pl.Series(order)
 
 
 def _runs(columns: Iterable[pl.Series]) -> np.ndarray:

@@ -43,25 +43,20 @@ def prepare(
     check(raw)
     raw = replace(raw, frame=collapse_groups(raw.frame))
     order = order_rows(raw.frame)
-    time = raw.frame["time"].to_numpy()[order]
+    time = raw.frame["time"].gather(order).to_numpy()
     cuts, bounds_text = cut(time, windows)
     where = f"{bounds_text}; {_span(time)}"
-    order, time = order[: cuts["test"][1]], time[: cuts["test"][1]]
-    label = raw.frame["label"].cast(pl.Float64).cast(pl.UInt8).to_numpy()[order]
+    order, time = order.head(cuts["test"][1]), time[: cuts["test"][1]]
+    label = raw.frame["label"].gather(order).cast(pl.Float64).cast(pl.UInt8).to_numpy()
     rows = {split: stop - start for split, (start, stop) in cuts.items()}
     check_windows(rows, {s: label[slice(*cuts[s])] for s in SPLITS}, where)
     if raw.events is not None:
         raw = place(raw, order, scratch=directory)
     encoded = encode(raw, raw.frame, fm_rows=cuts["fm"][1], order=order)
-    columns = {
-        "ids": encoded.columns,
-        "label": label,
-        "time": time,
-        "logged_time": raw.frame["logged_time"].to_numpy()[order],
-        "key": dense(raw.frame["key"].gather(order)),
-        "example_id": np.arange(len(order), dtype=np.int64),
-    }
-    columns |= _side_columns(raw, encoded, order)
+    _write_tables(directory / SEQUENCES, encoded.sequences)
+    _write_tables(directory / PRETRAINED, {n: _padded(t) for n, t in raw.pretrained.items()})
+    raw, encoded = replace(raw, sequences=(), pretrained={}), replace(encoded, sequences={})
+    columns = _columns(raw, encoded, order, time=time, label=label)
     folder = builder.write(
         name,
         directory,
@@ -70,8 +65,6 @@ def prepare(
         bounds=cuts,
         card=card,
     )
-    _write_tables(directory / SEQUENCES, encoded.sequences)
-    _write_tables(directory / PRETRAINED, {n: _padded(t) for n, t in raw.pretrained.items()})
     schema = {
         "folder": str(folder.relative_to(directory)),
         "schema": encoded.schema.to_json(),
@@ -82,27 +75,39 @@ def prepare(
     encoded.vocabulary.write_parquet(directory / "vocabulary.parquet")
     return {
         "rows": {**rows, "duplicates_dropped": raw.duplicates},
-        "keys": int(columns["key"].max()) + 1,
+        "keys": raw.frame["key"].gather(order).n_unique(),
         "positives": {s: float(label[slice(*cuts[s])].mean()) for s in SPLITS},
         "windows": bounds_text,
         "notes": dict(raw.notes),
     }
 
 
-def _side_columns(raw: RawLog, encoded: Encoded, order: np.ndarray) -> dict[str, np.ndarray]:
-    """What only some logs have."""
-    columns = {}
+def _columns(
+    raw: RawLog, encoded: Encoded, order: pl.Series, *, time: np.ndarray, label: np.ndarray
+) -> dict[str, builder.Columns]:
+    """Everything that has one value a row, in time order."""
+
+    def take(name: str) -> pl.Series:
+        return raw.frame[name].gather(order)
+
+    columns: dict[str, builder.Columns] = {
+        "ids": encoded.columns,
+        "label": label,
+        "time": time,
+        "logged_time": take("logged_time").to_numpy() if "group" in raw.frame else time,
+        "key": dense(take("key")),
+        "example_id": np.arange(len(order), dtype=np.int64),
+    }
     for name in raw.item if raw.keys is None else raw.keys:
-        coded = code(raw.frame[name])
-        columns[KEY + name] = by_appearance(coded.codes[order], coded.texts)
-    for group in raw.sequences:
-        for part, kind in (("end", np.int64), ("length", np.int32)):
-            values = raw.frame[f"{group.name}/{part}"].to_numpy()
-            columns[f"{group.name}/{part}"] = values[order].astype(kind)
+        columns[KEY + name] = by_appearance(code(take(name)))
+    stored = [f.slices for f in encoded.schema.sequences if f.slices and not f.from_log]
+    for name in dict.fromkeys(stored):
+        columns[f"{name}/end"] = take(f"{name}/end").cast(pl.Int64).to_numpy()
+        columns[f"{name}/length"] = take(f"{name}/length").cast(pl.Int32).to_numpy()
     if encoded.floats.shape[1]:
         columns["floats"] = encoded.floats
     if raw.truth:
-        columns["truth"] = raw.frame.select(raw.truth).to_numpy()[order].astype(np.float32)
+        columns["truth"] = raw.frame.select(raw.truth)[order].to_numpy().astype(np.float32)
     return columns
 
 
