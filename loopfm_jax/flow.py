@@ -7,7 +7,7 @@ place where FM and VM are in one room; they meet through what is on disk.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,162 +35,190 @@ FOLDERS = {
     "self": "self",
 }
 Histories = Literal["own", "swapped"]
+SWAPPED = "controls/swapped-histories"
 
 
 @dataclass(frozen=True)
 class Flow:
-    """An experiment's folders, for one of its teachers."""
+    """An experiment's stages, for one of its teachers."""
 
     config: Config
     taught_by: Teacher = "fm"
+    shared: bool = False
+    """Name folders by what they are made of, so that experiments of one working directory share
+    every stage that they have in common (`loopfm study`)."""
 
     @property
     def root(self) -> Path:
         return self.config.workdir
 
-    @property
-    def branch(self) -> Path:
-        return self.root / FOLDERS[self.taught_by]
-
-    @property
-    def data(self) -> Path:
-        return self.root / "data"
-
-    @property
-    def teacher(self) -> Path:
-        return self.branch / "fm" / "teacher"
-
-    @property
-    def exported(self) -> Path:
-        return self.branch / "fm" / "export"
-
-    @property
-    def history(self) -> Path:
-        return self.branch / "history"
-
     def of(self, teacher: Teacher) -> "Flow":
-        return Flow(self.config, teacher)
+        return replace(self, taught_by=teacher)
 
     def for_method(self, method: str) -> "Flow":
         """The flow whose histories a method reads."""
         return self.of(find_method(method).teacher)
 
+    # Stages: folder, configuration, inputs
+
+    def _stage(self, command: str, folder: str, config: Mapping[str, Any], **more: Any) -> Stage:
+        if not self.shared:
+            directory = self.root / FOLDERS[self.taught_by] / folder
+        else:
+            inputs = {name: path.name for name, path in more.get("inputs", {}).items()}
+            directory = self.root / command / stages.digest({"config": config, "inputs": inputs})
+        return Stage(command, directory, config, **more)
+
     @property
-    def read_by_teacher(self) -> Path | None:
+    def _prepare(self) -> Stage:
+        return self.of("fm")._stage("prepare", "data", {"data": as_json(self.config.data)})
+
+    @property
+    def data(self) -> Path:
+        return self._prepare.directory
+
+    @property
+    def _train_fm(self) -> Stage:
+        told = {
+            "labels": "shuffled" if self.taught_by == "shuffled-labels" else "true",
+            "span": "first-half" if self.taught_by == "first-round" else "whole",
+        }
+        return self._stage(
+            "train-fm",
+            "fm/teacher",
+            {"fm": as_json(self.config.fm), "seed": self.config.seed, **told},
+            inputs={"data": self.data, **self._read_by_teacher},
+            resumable=True,
+        )
+
+    @property
+    def teacher(self) -> Path:
+        return self._train_fm.directory
+
+    @property
+    def _export(self) -> Stage:
+        return self._stage(
+            "export",
+            "fm/export",
+            {"export": as_json(self.config.export), "seed": self.config.seed},
+            inputs={"data": self.data, "teacher": self.teacher, **self._read_by_teacher},
+        )
+
+    @property
+    def exported(self) -> Path:
+        return self._export.directory
+
+    @property
+    def _structure(self) -> Stage:
+        told = as_json(self.config.history)
+        del told["side"]  # what the VM is told does not change the store
+        return self._stage(
+            "structure",
+            "history",
+            {"history": told},
+            inputs={"data": self.data, "export": self.exported},
+        )
+
+    @property
+    def history(self) -> Path:
+        return self._structure.directory
+
+    @property
+    def _read_by_teacher(self) -> dict[str, Path]:
         """The histories that the teacher itself reads."""
-        return self.of("first-round").history if self.taught_by == "self" else None
+        return {"history": self.of("first-round").history} if self.taught_by == "self" else {}
 
     def judged(self, branch: Path) -> Path:
         """Where VMs and reports go: a choice made on the validation window has its own folder."""
         return branch if self.config.holdout == "test" else branch / "validation"
 
+    def _train_vm(self, method: str, seed: int, histories: Histories) -> Stage:
+        config, found = self.config, find_method(method, side=self.config.history.side)
+        inputs = {"data": self.data, "history": self.history}
+        if found.features or "fitnets" in found.heads:
+            inputs["export"] = self.exported
+        told = {
+            "vm": as_json(config.vm),
+            "method": as_json(found),
+            "seed": seed,
+            "histories": histories,
+            "holdout": config.holdout,
+        }
+        folder = self.judged(Path(SWAPPED if histories == "swapped" else "")) / "vm" / method
+        return self._stage(
+            "train-vm", str(folder / f"seed_{seed}"), told, inputs=inputs, resumable=True
+        )
+
     def vm(self, method: str, seed: int, histories: Histories = "own") -> Path:
-        branch = self.branch if histories == "own" else self.root / "controls/swapped-histories"
-        return self.judged(branch) / "vm" / method / f"seed_{seed}"
+        return self._train_vm(method, seed, histories).directory
+
+    # Making them
 
     def prepare(self) -> Report:
         source = self.config.data
-        stage = Stage(
-            "prepare",
-            self.data,
-            {"data": as_json(source)},
-            sources=source.fingerprint(),
-        )
 
         def work(directory: Path) -> Report:
             say(f"prepare: reading {source.name}")
-            raw = source.read()
             return prepare(
-                raw,
+                source.read(),
                 source.windows,
                 name=source.name,
                 card=source.card,
                 directory=directory,
             )
 
-        return self._run(stage, work)
+        return self._run(replace(self._prepare, sources=source.fingerprint()), work)
 
     def train_fm(self) -> Report:
-        config = self.config
-        told: dict[str, Any] = {
-            "labels": "shuffled" if self.taught_by == "shuffled-labels" else "true",
-            "span": "first-half" if self.taught_by == "first-round" else "whole",
-        }
-        stage = Stage(
-            "train-fm",
-            self.teacher,
-            {"fm": as_json(config.fm), "seed": config.seed, **told},
-            inputs={"data": self.data, **self._read_by_teacher},
-            resumable=True,
-        )
+        stage = self._train_fm
 
         def work(directory: Path) -> Report:
             return train_fm(
                 self.data,
-                config.fm,
-                mesh=make_mesh(config.mesh),
-                seed=config.seed,
+                self.config.fm,
+                mesh=make_mesh(self.config.mesh),
+                seed=self.config.seed,
                 directory=directory,
-                history=self.read_by_teacher,
-                **told,
+                labels=stage.config["labels"],
+                span=stage.config["span"],
+                history=self._read_by_teacher.get("history"),
             )
 
         return self._run(stage, work)
 
     def export(self) -> Report:
-        config = self.config
-        stage = Stage(
-            "export",
-            self.exported,
-            {"export": as_json(config.export), "seed": config.seed},
-            inputs={"data": self.data, "teacher": self.teacher, **self._read_by_teacher},
-        )
-
         def work(directory: Path) -> Report:
             return export(
                 self.data,
                 self.teacher,
-                config.export,
-                config.fm,
-                seed=config.seed,
-                mesh=make_mesh(config.mesh),
+                self.config.export,
+                self.config.fm,
+                seed=self.config.seed,
+                mesh=make_mesh(self.config.mesh),
                 directory=directory,
-                history=self.read_by_teacher,
+                history=self._read_by_teacher.get("history"),
             )
 
-        return self._run(stage, work)
-
-    @property
-    def _read_by_teacher(self) -> Mapping[str, Path]:
-        return {"history": self.read_by_teacher} if self.read_by_teacher else {}
+        return self._run(self._export, work)
 
     def structure(self) -> Report:
-        config = self.config
-        told = as_json(config.history)
-        del told["side"]  # what the VM is told does not change the store
-        stage = Stage(
-            "structure",
-            self.history,
-            {"history": told},
-            inputs={"data": self.data, "export": self.exported},
-        )
+        config = self.config.history
 
         def work(directory: Path) -> Report:
             log, _ = load(self.data)
             exported = open_export(self.exported, stages.verify(self.exported)["facts"])
             rows = slice(exported.facts["first"], len(log))
-            keys = key_values(log, config.history.keys)
             return structure(
                 exported,
-                {name: key[rows] for name, key in keys.items()},
+                {name: key[rows] for name, key in key_values(log, config.keys).items()},
                 time=log["time"][rows],
                 logged_time=log["logged_time"][rows],
                 outcome=log["label"][rows],
-                config=config.history,
+                config=config,
                 directory=directory,
             )
 
-        return self._run(stage, work)
+        return self._run(self._structure, work)
 
     def teach(self) -> None:
         """Everything between the prepared log and the VMs."""
@@ -201,23 +229,6 @@ class Flow:
 
     def train_vm(self, method: str, seed: int, histories: Histories = "own") -> Report:
         config = self.config
-        found = find_method(method, side=config.history.side)
-        inputs = {"data": self.data, "history": self.history}
-        if found.features or "fitnets" in found.heads:
-            inputs["export"] = self.exported
-        stage = Stage(
-            "train-vm",
-            self.vm(method, seed, histories),
-            {
-                "vm": as_json(config.vm),
-                "method": as_json(found),
-                "seed": seed,
-                "histories": histories,
-                "holdout": config.holdout,
-            },
-            inputs=inputs,
-            resumable=True,
-        )
 
         def work(directory: Path) -> Report:
             examples = open_examples(
@@ -226,7 +237,7 @@ class Flow:
                 self.exported,
                 stages.verify(self.history)["facts"],
                 config.vm,
-                found,
+                find_method(method, side=config.history.side),
                 swap=histories == "swapped",
             )
             return train_vm(
@@ -239,7 +250,7 @@ class Flow:
                 title=f"train-vm {method} seed {seed}",
             )
 
-        return self._run(stage, work)
+        return self._run(self._train_vm(method, seed, histories), work)
 
     def _run(self, stage: Stage, work: Callable[[Path], Report]) -> Report:
         manifest, done = stages.run(stage, work, force=self.config.force)

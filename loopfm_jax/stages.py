@@ -155,7 +155,7 @@ def _manifest(directory: Path) -> Report:
     return manifest
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4096)
 def _checked(directory: Path, _mtime: int) -> Report:
     """Hashes every file once per process."""
     manifest = _manifest(directory)
@@ -248,6 +248,11 @@ def _sealed(manifest: Report) -> Report:
     manifest = json.loads(json.dumps(manifest))
     manifest["content"] = _digest({name: manifest[name] for name in COUNTED})
     return manifest | {"seal": _digest(manifest)}
+
+
+def digest(value: Any) -> str:
+    """A short name for a JSON value."""
+    return _digest(json.loads(json.dumps(value, default=str)))[:12]
 
 
 def _digest(value: Report) -> str:
