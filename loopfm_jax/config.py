@@ -17,6 +17,7 @@ from loopfm_jax.fm.exporter import ExportConfig
 from loopfm_jax.fm.teacher import FMConfig
 from loopfm_jax.history.store import HistoryConfig
 from loopfm_jax.sharding import MeshConfig
+from loopfm_jax.study.config import StudyConfig
 from loopfm_jax.vm.methods import find_method
 from loopfm_jax.vm.student import VMConfig
 
@@ -50,6 +51,7 @@ class Config:
     """The first seed."""
     holdout: Holdout = "test"
     """Judge VMs on this window; `validation` leaves the test window alone (for choices)."""
+    study: StudyConfig = field(default_factory=StudyConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     workdir: Path = Path("runs/default")
     """Where everything is written."""

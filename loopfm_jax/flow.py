@@ -23,7 +23,7 @@ from loopfm_jax.progress import say
 from loopfm_jax.sharding import make_mesh
 from loopfm_jax.stages import Report, Stage
 from loopfm_jax.vm.methods import find_method
-from loopfm_jax.vm.train import open_examples, train_vm
+from loopfm_jax.vm.train import Sources, open_examples, train_vm
 
 Teacher = Literal["fm", "shuffled-labels", "first-round", "self"]
 """Whose codes: the FM's; those of one that learned nothing true (a control); of the first of two
@@ -111,7 +111,8 @@ class Flow:
     @property
     def _structure(self) -> Stage:
         told = as_json(self.config.history)
-        del told["side"]  # what the VM is told does not change the store
+        for choice in ("side", "tap"):  # of the VM: they do not change the store
+            del told[choice]
         return self._stage(
             "structure",
             "history",
@@ -134,15 +135,18 @@ class Flow:
 
     def _train_vm(self, method: str, seed: int, histories: Histories) -> Stage:
         config, found = self.config, find_method(method, side=self.config.history.side)
-        inputs = {"data": self.data, "history": self.history}
-        if found.features or "fitnets" in found.heads:
+        inputs = {"data": self.data}
+        if found.reads_export:
             inputs["export"] = self.exported
+        if found.contents:
+            inputs["history"] = self.history
         told = {
             "vm": as_json(config.vm),
             "method": as_json(found),
             "seed": seed,
             "histories": histories,
             "holdout": config.holdout,
+            "tap": config.history.tap if inputs.keys() & {"export", "history"} else None,
         }
         folder = self.judged(Path(SWAPPED if histories == "swapped" else "")) / "vm" / method
         return self._stage(
@@ -228,18 +232,18 @@ class Flow:
             stage()
 
     def train_vm(self, method: str, seed: int, histories: Histories = "own") -> Report:
-        config = self.config
+        config, stage = self.config, self._train_vm(method, seed, histories)
+        sources = Sources(
+            self.data,
+            stage.inputs.get("export"),
+            stage.inputs.get("history"),
+            tap=stage.config["tap"],
+            swap=histories == "swapped",
+        )
 
         def work(directory: Path) -> Report:
-            examples = open_examples(
-                self.data,
-                self.history,
-                self.exported,
-                stages.verify(self.history)["facts"],
-                config.vm,
-                find_method(method, side=config.history.side),
-                swap=histories == "swapped",
-            )
+            found = find_method(method, side=config.history.side)
+            examples = open_examples(sources, config.vm, found)
             return train_vm(
                 examples,
                 config.vm,
@@ -250,7 +254,7 @@ class Flow:
                 title=f"train-vm {method} seed {seed}",
             )
 
-        return self._run(self._train_vm(method, seed, histories), work)
+        return self._run(stage, work)
 
     def _run(self, stage: Stage, work: Callable[[Path], Report]) -> Report:
         manifest, done = stages.run(stage, work, force=self.config.force)

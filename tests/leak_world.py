@@ -185,10 +185,11 @@ class World:
 
     def examples(self, *, swap: bool = False) -> train.Examples:
         """Structures the export anew and joins it, by whatever the code says now."""
-        facts, flow = self.flow.structure()["facts"], self.flow
-        return train.open_examples(
-            flow.data, flow.history, flow.exported, facts, VM, METHOD, swap=swap
-        )
+        self.flow.structure()
+        return train.open_examples(self.sources(swap=swap), VM, METHOD)
+
+    def sources(self, *, swap: bool = False) -> train.Sources:
+        return train.Sources(self.flow.data, self.flow.exported, self.flow.history, swap=swap)
 
     def batch_of(self, examples: train.Examples):
         batch = examples.batch(self.exported)

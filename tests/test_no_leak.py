@@ -4,7 +4,6 @@ Every check says who influences whom exactly, so it also fails where somebody se
 """
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -29,7 +28,7 @@ from leak_world import (
     stored_codes,
 )
 
-from loopfm_jax import flow, inputs
+from loopfm_jax import flow, inputs, stages
 from loopfm_jax.errors import UserError
 from loopfm_jax.fm.train import known_rows
 from loopfm_jax.history import codes, join, packing, reader, slices, store
@@ -294,19 +293,27 @@ def test_no_swapped_example_keeps_a_row_of_its_key(log):
 # --------------------------------------------------------------------------- the FM's cutoff
 
 
-def test_an_fm_that_saw_the_vm_window_is_refused(world):
-    facts = flow.stages.verify(world.flow.history)["facts"]
+def test_an_fm_that_saw_the_vm_window_is_refused(world, monkeypatch):
+    world.examples()
     first = int(world.log["time"][world.exported[0]])
-    opened = partial(train.open_examples, world.flow.data, world.flow.history, world.flow.exported)
+    verify = stages.verify
 
-    def open_with(*cutoffs: tuple[int, int]) -> None:
-        opened(facts | {"cutoffs": cutoffs}, VM, METHOD)
+    def open_with(*cutoffs: tuple[int, int], of: str = "history") -> None:
+        def said(folder):
+            found = verify(folder)
+            changed = {"facts": found["facts"] | {"cutoffs": cutoffs}}
+            return found | (changed if folder.name == of else {})
+
+        monkeypatch.setattr(stages, "verify", said)
+        train.open_examples(world.sources(), VM, METHOD)
 
     open_with((first, first - 1))
     open_with((first, first - 1), (first + 5, first + 4))  # an FM that is refreshed
     for late in (first, first + 1):
         with pytest.raises(UserError, match=f"until {late} ms, but exported rows from {first}"):
             open_with((first, late))
+        with pytest.raises(UserError, match=f"until {late} ms, but exported rows from {first}"):
+            open_with((first, late), of="export")
         # Whatever an export says of itself: the VM window starts where it starts.
         with pytest.raises(UserError, match=f"until {late} ms, but exported rows from {first}"):
             open_with((first + 10**6, late))

@@ -19,7 +19,7 @@ from loopfm_jax.history.codes import Codec
 from loopfm_jax.history.encoders import EncoderConfig
 from loopfm_jax.history.join import Join
 from loopfm_jax.history.reader import Entries, Past, Readers, Reading
-from loopfm_jax.history.store import Histories, Store
+from loopfm_jax.history.store import Exported, Histories, Store
 from loopfm_jax.tables import TableConfig
 from loopfm_jax.vm.methods import CHANNELS, Method, find_method
 from loopfm_jax.vm.student import ADAPTER_HIDDEN, DistilConfig, Student, VMConfig, now_taps
@@ -205,11 +205,18 @@ def test_a_batch_holds_what_the_method_reads_and_no_more(name):
     store = Store({}, zeros, zeros, zeros, zeros, end, length)
     method = find_method(name)
     reading = make_reading(method, ("key",))
-    histories = Histories({"key": store}, np.arange(6) / 8, {}, "hidden_0", 3, start_ms=60_000)
+    histories = Histories({"key": store}, {}, 3, start_ms=60_000)
     join = Join(inputs, histories, reading, first=10)  # type: ignore
     taps = set(now_taps(method, reading).values())
-    stored = {tap: np.arange(6)[:, None] for tap in taps}
-    examples = Examples(inputs, method, reading, join, stored)  # type: ignore
+    stored = {tap: np.arange(6)[:, None] for tap in TAPS}
+    exported = Exported(stored, np.arange(6) / 8, {"first": 10}, {})
+    examples = Examples(
+        inputs,  # type: ignore
+        method,
+        reading,
+        exported if method.reads_export else None,
+        join if method.contents else None,
+    )
     batch = examples.batch(rows[1:])
     assert ("teacher_B" in batch) == bool({"kd", "adapter"} & set(method.heads))
     if method.heads == ("kd",):

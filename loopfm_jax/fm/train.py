@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from loopfm_jax import checkpoint, loop, stages
 from loopfm_jax.fm.teacher import FMConfig, Teacher, loss
-from loopfm_jax.history.join import Join, reading_of
-from loopfm_jax.history.reader import Past
+from loopfm_jax.history.join import Join
+from loopfm_jax.history.reader import Past, Reading
 from loopfm_jax.history.store import open_histories
 from loopfm_jax.inputs import Inputs, open_inputs
 
@@ -47,7 +47,13 @@ def open_lessons(data: Path, config: FMConfig, history: Path | None = None) -> L
         return Lessons(inputs, None)
     facts = stages.verify(history)["facts"]
     histories = open_histories(history, facts)
-    reading = reading_of(histories, contents=("loopfm",))
+    reading = Reading(
+        contents=("loopfm",),
+        keys=tuple(histories.stores),
+        side=(),
+        codecs=histories.codecs,
+        tap=facts["taps"][0],
+    )
     return Lessons(inputs, Join(inputs, histories, reading, facts["first"]))
 
 

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from loopfm_jax import sharding
 from loopfm_jax.history.encoders import TIMED
 from loopfm_jax.history.packing import budget
-from loopfm_jax.history.reader import Content, Entries, Past, Reading, raw_fields
-from loopfm_jax.history.store import Histories, Side, Store
+from loopfm_jax.history.reader import Entries, Past, Reading, raw_fields
+from loopfm_jax.history.store import Histories, Store
 from loopfm_jax.inputs import Inputs
 
 
@@ -52,7 +52,7 @@ class Join:
         """The stores as the step reads them, resident on the devices."""
         entries = {
             key: self._entries(self.histories.stores[key], timed=encoder in TIMED)
-            for key in (self.reading.keys if self.reading.contents else ())
+            for key in self.reading.keys
         }
         return jax.device_put(Past(entries, dict(self.reading.codecs)), sharding.split(mesh))
 
@@ -76,16 +76,3 @@ class Join:
         names = [f.name for f in schema.categorical]
         columns = [names.index(name) for name in raw_fields(schema)]
         return self.inputs.log["ids"][self.first + store.row][:, columns]
-
-
-def reading_of(
-    histories: Histories, *, contents: tuple[Content, ...], side: tuple[Side, ...] = ()
-) -> Reading:
-    """These contents of the histories by every kind of key."""
-    return Reading(
-        contents=contents,
-        keys=tuple(histories.stores),
-        side=side,
-        codecs=histories.codecs,
-        tap=histories.tap,
-    )

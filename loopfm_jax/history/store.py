@@ -2,7 +2,7 @@
 
 Files (npy, no pickle; the stage manifest holds their sha256). Examples are the exported rows in
 time order.
-  teacher [examples] float32: soft labels;  book_<tap>: what a learned code was fitted to;
+  book_<tap>: what a learned code was fitted to;
   <key>/: one store per kind of key, entries sorted by (key, logged time):
     row [S] int32: the example an entry was, codes_<tap> [S, columns], seconds [S] int32 since the
     first entry, outcome [S] uint8, soft [S] float32;
@@ -35,7 +35,7 @@ class HistoryConfig(SliceConfig):
     keep: Literal["all", "positive"] = "all"
     """`positive`: only entries whose outcome was 1 (watched-only histories)."""
     tap: str | None = None
-    """The exported tap that LoopFM reads; default: the first of fm.taps."""
+    """The exported tap that LoopFM reads; default: the first of fm.taps. A choice of the VM."""
     side: tuple[Side, ...] = ()
     """Told to the encoders of every method; the paper tells nothing."""
 
@@ -52,6 +52,11 @@ class Exported:
     """code, width, taps, first (row of the log that is example 0), cutoffs: pairs (first ms of
     rows, last ms that their FM was trained on)."""
     books: Mapping[str, np.ndarray]
+
+    @property
+    def codecs(self) -> dict[str, Codec]:
+        """By tap."""
+        return _codecs(self.facts, self.books)
 
 
 @dataclass(frozen=True)
@@ -73,11 +78,8 @@ class Histories:
 
     stores: Mapping[str, Store]
     """By kind of key."""
-    teacher: np.ndarray
     codecs: Mapping[str, Codec]
     """By tap."""
-    tap: str
-    """The tap that LoopFM reads."""
     longest: int
     start_ms: int
     """Time of second 0."""
@@ -109,12 +111,6 @@ def structure(
       keys: kind of key -> integer keys of the examples.
       time, logged_time, outcome: of the examples.
     """
-    tap = config.tap or exported.facts["taps"][0]
-    if tap not in exported.facts["taps"]:
-        raise UserError(
-            f"history.tap is {tap!r}, but the export holds {', '.join(exported.facts['taps'])}: "
-            "name it in --fm.taps"
-        )
     start_ms = int(logged_time.min())
     kept = np.arange(len(time)) if config.keep == "all" else np.flatnonzero(outcome)
     found = {}
@@ -139,12 +135,10 @@ def structure(
         folder.mkdir()
         _save(folder, arrays)
         found[name] = _facts(length)
-    books = {f"book_{tap}": book for tap, book in exported.books.items()}
-    _save(directory, {"teacher": exported.soft, **books})
-    codes = exported.codes[tap]
+    _save(directory, {f"book_{tap}": book for tap, book in exported.books.items()})
+    codes = exported.codes[exported.facts["taps"][0]]
     return {
         **{name: exported.facts[name] for name in ("code", "width", "taps", "first", "cutoffs")},
-        "tap": tap,
         "longest": config.length,
         "start_ms": start_ms,
         "entries": len(kept),
@@ -164,15 +158,16 @@ def open_histories(directory: Path, facts: Mapping[str, Any]) -> Histories:
         )
         for key in facts["keys"]
     }
-    books = _books(directory, facts["taps"])
     return Histories(
         stores=stores,
-        teacher=_load(directory / "teacher.npy"),
-        codecs={t: Codec(facts["code"], facts["width"], books.get(t)) for t in facts["taps"]},
-        tap=facts["tap"],
+        codecs=_codecs(facts, _books(directory, facts["taps"])),
         longest=facts["longest"],
         start_ms=facts["start_ms"],
     )
+
+
+def _codecs(facts: Mapping[str, Any], books: Mapping[str, np.ndarray]) -> dict[str, Codec]:
+    return {tap: Codec(facts["code"], facts["width"], books.get(tap)) for tap in facts["taps"]}
 
 
 def _facts(length: np.ndarray) -> dict[str, float]:

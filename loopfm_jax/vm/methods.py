@@ -44,6 +44,11 @@ class Method:
         )
 
     @property
+    def reads_export(self) -> bool:
+        """Whether it needs what the FM says of the rows themselves."""
+        return bool(self.heads or self.features)
+
+    @property
     def needs_fm(self) -> bool:
         """Whether serving would have to run the FM: not a channel one can deploy."""
         return "current" in self.features

@@ -1,6 +1,6 @@
 """Training a vertical model on the VM window and judging it on the holdout."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,13 +11,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from loopfm_jax import checkpoint, infer, loop
+from loopfm_jax import checkpoint, infer, loop, sharding, stages
 from loopfm_jax.data.raw import Holdout, vm_windows
 from loopfm_jax.errors import UserError
-from loopfm_jax.history.join import Join, reading_of
+from loopfm_jax.history.join import Join
 from loopfm_jax.history.keys import key_values
 from loopfm_jax.history.reader import Past, Reading
-from loopfm_jax.history.store import open_export, open_histories, swapped
+from loopfm_jax.history.store import Exported, open_export, open_histories, swapped
 from loopfm_jax.inputs import Inputs, open_inputs
 from loopfm_jax.vm.methods import Method
 from loopfm_jax.vm.student import Student, VMConfig, now_taps
@@ -30,50 +30,68 @@ class Examples:
     inputs: Inputs
     method: Method
     reading: Reading
-    join: Join
-    codes: Mapping[str, np.ndarray]
-    """Tap -> stored codes of the exported rows themselves, where a channel needs them."""
+    exported: Exported | None
+    join: Join | None
 
     def batch(self, rows: np.ndarray) -> dict[str, Any]:
         """Features, and for the open channels `teacher_B`, `codes` [B, columns] by tap, and what
         `history.join.Join.batch` brings."""
         batch: dict[str, Any] = dict(self.inputs.batch(rows))
-        exported = rows - self.inputs.splits["vm"].start
-        if {"kd", "adapter"} & set(self.method.heads):
-            batch["teacher_B"] = self.join.histories.teacher[exported]
-        if self.codes:
-            batch["codes"] = {tap: codes[exported] for tap, codes in self.codes.items()}
-        return batch | (self.join.batch(rows) if self.method.contents else {})
+        if self.exported is not None:
+            example = rows - self.exported.facts["first"]
+            if {"kd", "adapter"} & set(self.method.heads):
+                batch["teacher_B"] = self.exported.soft[example]
+            taps = set(now_taps(self.method, self.reading).values())
+            if taps:
+                batch["codes"] = {tap: self.exported.codes[tap][example] for tap in sorted(taps)}
+        return batch | (self.join.batch(rows) if self.join else {})
+
+    def past(self, mesh: Mesh, encoder: str) -> Past:
+        """What waits on the device."""
+        if self.join is not None:
+            return self.join.past(mesh, encoder=encoder)
+        return jax.device_put(Past({}, dict(self.reading.codecs)), sharding.split(mesh))
 
 
-def open_examples(
-    data: Path,
-    history: Path,
-    export: Path,
-    facts: Mapping[str, Any],
-    config: VMConfig,
-    method: Method,
-    *,
-    swap: bool = False,
-) -> Examples:
-    """Joins the prepared log with the stage folders `history` (with its facts) and `export`.
+@dataclass(frozen=True)
+class Sources:
+    """Stage folders a VM is trained from, and what it is told of them."""
 
-    Args:
-      swap: every example reads the history of another key (a control).
-    """
-    inputs = open_inputs(data, reader="vm", behaviours=config.backbone.reads_behaviours)
+    data: Path
+    export: Path | None
+    """For methods with auxiliary heads or features."""
+    history: Path | None
+    """For methods that read histories."""
+    tap: str | None = None
+    """The tap LoopFM reads; default: the first that was exported."""
+    swap: bool = False
+    """Every example reads the history of another key (a control)."""
+
+
+def open_examples(sources: Sources, config: VMConfig, method: Method) -> Examples:
+    """Joins the prepared log with what the FM left behind."""
+    inputs = open_inputs(sources.data, reader="vm", behaviours=config.backbone.reads_behaviours)
+    folders = [folder for folder in (sources.export, sources.history) if folder]
+    facts = [stages.verify(folder)["facts"] for folder in folders]
     first = inputs.splits["vm"].start
-    check_cutoffs(facts["cutoffs"], int(inputs.log["time"][first]))
-    histories = open_histories(history, facts)
-    if swap:
-        keys = key_values(inputs.log, tuple(facts["keys"]))
+    for said in facts:
+        check_cutoffs(said["cutoffs"], int(inputs.log["time"][first]))
+    exported = open_export(sources.export, facts[0]) if sources.export else None
+    histories = open_histories(sources.history, facts[-1]) if sources.history else None
+    if histories and sources.swap:
+        keys = key_values(inputs.log, tuple(histories.stores))
         histories = swapped(histories, {name: key[first:] for name, key in keys.items()})
-    reading = reading_of(histories, contents=method.contents, side=method.side)
-    _check_taps(method, reading, facts["taps"], inputs.schema.entity)
-    taps = sorted(set(now_taps(method, reading).values()))
-    codes = open_export(export, facts).codes if taps else {}
-    join = Join(inputs, histories, reading, first)
-    return Examples(inputs, method, reading, join, {tap: codes[tap] for tap in taps})
+    told = histories or exported
+    reading = Reading(
+        contents=method.contents,
+        keys=tuple(histories.stores) if histories else (),
+        side=method.side,
+        codecs=told.codecs if told else {},
+        tap=sources.tap or (facts[0]["taps"][0] if facts else ""),
+    )
+    _check_taps(method, reading, inputs.schema.entity)
+    join = Join(inputs, histories, reading, first) if histories else None
+    return Examples(inputs, method, reading, exported, join)
 
 
 def check_cutoffs(cutoffs: Sequence[Sequence[int]], first_ms: int) -> None:
@@ -92,18 +110,16 @@ def check_cutoffs(cutoffs: Sequence[Sequence[int]], first_ms: int) -> None:
             )
 
 
-def _check_taps(
-    method: Method, reading: Reading, taps: Sequence[str], entity: tuple[str, ...]
-) -> None:
+def _check_taps(method: Method, reading: Reading, entity: tuple[str, ...]) -> None:
     """Raises UserError where a channel reads a tap that was not exported."""
     if "entity" in method.features and not entity:
         raise UserError("the method entity needs columns that describe the key: data.entity")
     wanted = [tap for c in method.contents if (tap := reading.tap_of(c))]
     for tap in (*wanted, *now_taps(method, reading).values()):
-        if tap not in taps:
+        if tap not in reading.codecs:
             raise UserError(
-                f"a channel reads the tap {tap!r}, but the export holds {', '.join(taps)}: name it "
-                "in --fm.taps"
+                f"a channel reads the tap {tap!r}, but the export holds "
+                f"{', '.join(reading.codecs)}: name it in --fm.taps"
             )
 
 
@@ -126,7 +142,7 @@ def train_vm(
     def build(rngs: nnx.Rngs) -> Student:
         return Student(examples.inputs.schema, config, method, examples.reading, rngs=rngs)
 
-    past = examples.join.past(mesh, encoder=config.encoder.name)
+    past = examples.past(mesh, config.encoder.name)
     trained = loop.train(
         loop.Trainable(build, partial(Student.loss, config=config.distil)),
         examples.inputs.rows(*vm_windows(holdout)),

@@ -1,0 +1,58 @@
+"""A study is a list of tables, a table a list of cells, a cell one experiment.
+
+Cells of different tables that ask for the same experiment are the same run: stages are named by
+what they are made of (`flow.Flow.shared`), so whatever was done is found again.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any
+
+from loopfm_jax.config import Config
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table: a method in an experiment."""
+
+    row: str
+    column: str
+    method: str
+    changes: Mapping[str, Any]
+    """What differs from the study's configuration: dotted option -> value."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells in the order in which rows and columns appear."""
+
+    name: str
+    title: str
+    cells: tuple[Cell, ...]
+    reference: str | None = None
+    """Row against which every other is tested, in each column; None: the row `base`, if any."""
+    curve: bool = False
+    """Rows are numbers: drawn as curves, one per column."""
+
+    @property
+    def rows(self) -> list[str]:
+        return list(dict.fromkeys(cell.row for cell in self.cells))
+
+    @property
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(cell.column for cell in self.cells))
+
+
+def changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The configuration with dotted options set: `{"history.length": 10}`."""
+    for path, value in changes.items():
+        config = _set(config, path.split("."), value)
+    return config
+
+
+def _set(part: Any, path: list[str], value: Any) -> Any:
+    name, *rest = path
+    if not is_dataclass(part) or not hasattr(part, name):
+        raise ValueError(f"no option {name!r} in {type(part).__name__}")
+    inner = _set(getattr(part, name), rest, value) if rest else value
+    return replace(part, **{name: inner})  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,101 @@
+"""Running the cells of a study: shared stages once, every cell and seed once, all of it resumable.
+
+A cell's result is a few numbers per seed; what made it stays in its stage folders, so a study that
+was interrupted, or one with more tables, goes on where it stopped.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from loopfm_jax import stages
+from loopfm_jax.config import Config
+from loopfm_jax.data.log import Log, load
+from loopfm_jax.flow import Flow
+from loopfm_jax.metrics import Metrics, measure, row_loss
+from loopfm_jax.progress import say
+from loopfm_jax.study.cells import Cell, Table, changed
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a cell came to."""
+
+    seeds: list[Metrics]
+    loss: np.ndarray
+    """Negative log likelihood of every judged row, mean over seeds, nats."""
+    fm: Metrics
+    facts: dict[str, Any]
+    """bytes_per_row, params, needs_fm, examples_per_s, drift, losses of the codes."""
+
+
+def run(config: Config, tables: Iterable[Table]) -> dict[tuple[str, Cell], Result]:
+    """(table, cell) -> result."""
+    tables = list(tables)
+    cells = [(table.name, cell) for table in tables for cell in table.cells]
+    results: dict[tuple[str, Cell], Result] = {}
+    found: dict[str, Result] = {}
+    started = time.monotonic()
+    for i, (name, cell) in enumerate(cells):
+        flow = flow_of(config, cell)
+        same = str(flow.vm(cell.method, config.seed))
+        if same not in found:
+            say(f"study: {name}, {cell.row} {cell.column} ({i + 1} of {len(cells)} cells)")
+            found[same] = _run(flow, cell)
+            jax.clear_caches()  # hundreds of programs would fill the memory
+        results[name, cell] = found[same]
+    say(f"study: {len(found)} experiments in {(time.monotonic() - started) / 60:.1f} min")
+    return results
+
+
+def flow_of(config: Config, cell: Cell) -> Flow:
+    """The stages of a cell."""
+    return Flow(changed(config, cell.changes), shared=True).for_method(cell.method)
+
+
+def _run(flow: Flow, cell: Cell) -> Result:
+    config = flow.config
+    flow.prepare()
+    flow.teach()
+    seeds = range(config.seed, config.seed + config.seeds)
+    manifests = [flow.train_vm(cell.method, seed) for seed in seeds]
+    log, splits = load(flow.data)
+    rows = splits[config.holdout]
+    paths = [flow.vm(cell.method, seed) / "prediction.npy" for seed in seeds]
+    predictions = [np.load(path, allow_pickle=False) for path in paths]
+    exported = stages.verify(flow.exported)["facts"]
+    soft = np.load(flow.exported / "soft.npy", allow_pickle=False)
+    judged = soft[rows.start - exported["first"] : rows.stop - exported["first"]]
+    label = log["label"][rows].astype(np.float64)
+    return Result(
+        seeds=[_measure(log, rows, p) for p in predictions],
+        loss=np.mean([row_loss(label, p) for p in predictions], axis=0),
+        fm=_measure(log, rows, judged),
+        facts={
+            "params": manifests[0]["facts"]["params"],
+            "examples_per_s": float(
+                np.median([m["measured"]["examples_per_s"] for m in manifests])
+            ),
+            "bytes_per_row": stages.verify(flow.history)["facts"]["bytes_per_row"],
+            "losses": exported["losses"],
+            "drift": exported.get("drift", []),
+        },
+    )
+
+
+def _measure(log: Log, rows: slice, prediction: np.ndarray) -> Metrics:
+    return measure(log["label"][rows].astype(np.float64), prediction, log["key"][rows])
+
+
+def limits(config: Config) -> dict[str, np.ndarray]:
+    """Row losses of the known click probabilities of a simulated log; empty for a real one."""
+    flow = Flow(config, shared=True)
+    flow.prepare()
+    log, splits = load(flow.data)
+    rows = splits[config.holdout]
+    label = log["label"][rows].astype(np.float64)
+    return {name: row_loss(label, log["truth"][rows][:, i]) for i, name in enumerate(log.truth)}
