@@ -30,7 +30,9 @@ CONTROLS = {
 }
 BAYES = {
     "bayes_vm": "what the VM sees of the row",
-    "bayes_vm_raw_history": "and what the VM saw of the user's past",
+    "bayes_vm_items": "and the user's past items",
+    "bayes_vm_raw_history": "and their clicks",
+    "bayes_vm_codes": "and what the FM saw of the user's past, without clicks",
     "bayes_vm_history": "and what the FM saw of the user's past",
     "bayes_fm_history": "and what the FM sees of the row",
 }

@@ -94,8 +94,12 @@ def test_truth_is_calibrated(frame, name):
 
 
 def test_more_knowledge_is_less_entropy(frame):
-    ne = [normalised_entropy(frame, name) for name in COLUMNS]
-    assert all(worse - better > 0.01 for worse, better in itertools.pairwise(ne))
+    ne = {name: normalised_entropy(frame, name) for name in COLUMNS}
+    for told in (
+        ("bayes_vm", "bayes_vm_items", "bayes_vm_raw_history", "bayes_vm_history"),
+        ("bayes_vm_items", "bayes_vm_codes", "bayes_vm_history", "bayes_fm_history", "oracle"),
+    ):
+        assert all(ne[less] - ne[more] > 0.003 for less, more in itertools.pairwise(told))
     late = frame.filter(pl.col("time") > pl.col("time").quantile(0.85))
     gain = normalised_entropy(late, "bayes_vm") - normalised_entropy(late, "bayes_vm_history")
     assert gain >= 0.02
@@ -105,6 +109,7 @@ def test_without_gap_the_signal_is_worth_nothing():
     frame = Synthetic(rows=5000, gap=0.0).read().frame
     for name in ("bayes_vm_history", "bayes_fm_history"):
         np.testing.assert_allclose(frame[name], frame["bayes_vm_raw_history"], rtol=1e-9)
+    np.testing.assert_allclose(frame["bayes_vm_codes"], frame["bayes_vm_items"], rtol=1e-9)
 
 
 def test_without_strength_there_is_nothing_to_know():
@@ -195,9 +200,11 @@ def enumerate_paths(law: Law, log: Requests, rows: list[int], row: int, k: int, 
                 break
             if name != "bayes_vm":
                 for j in range(log.topic_RK.shape[1]):
-                    hit = click(r, j, s)
-                    p *= shown(r, j, s) * (hit if log.click_RK[r, j] else 1 - hit)
-            if name in ("bayes_vm_history", "bayes_fm_history"):
+                    p *= shown(r, j, s)
+                    if name not in ("bayes_vm_items", "bayes_vm_codes"):
+                        hit = click(r, j, s)
+                        p *= hit if log.click_RK[r, j] else 1 - hit
+            if name in ("bayes_vm_codes", "bayes_vm_history", "bayes_fm_history"):
                 p *= signal(r, s)
         p *= shown(row, k, path[-1])
         if name == "bayes_fm_history":
@@ -228,7 +235,9 @@ def test_history_is_strictly_earlier():
     moved = {n: np.flatnonzero(np.any(before[n] != after[n], axis=1)).tolist() for n in TRUTH}
     assert moved == {
         "bayes_vm": [],
+        "bayes_vm_items": [],
         "bayes_vm_raw_history": [5, 6],
+        "bayes_vm_codes": [5, 6],
         "bayes_vm_history": [5, 6],
         "bayes_fm_history": [4, 5, 6],
     }

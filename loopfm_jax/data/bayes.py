@@ -16,7 +16,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-TRUTH = ("bayes_vm", "bayes_vm_raw_history", "bayes_vm_history", "bayes_fm_history")
+TRUTH = (
+    "bayes_vm",
+    "bayes_vm_items",
+    "bayes_vm_raw_history",
+    "bayes_vm_codes",
+    "bayes_vm_history",
+    "bayes_fm_history",
+)
 """What `click_probabilities` returns, worst informed first."""
 
 Floats = NDArray[np.float64]
@@ -55,16 +62,20 @@ class Requests:
 def click_probabilities(law: Law, requests: Requests) -> dict[str, Floats]:
     """P(click | ...) of every row, (R, K) per name; "earlier" is strictly before this request.
 
-    bayes_vm: the row's features without `signal`. bayes_vm_raw_history: and the items and clicks
-    of all earlier requests. bayes_vm_history: and their signals. bayes_fm_history: and the row's
-    own signal.
+    bayes_vm: the row's features without `signal`. bayes_vm_items: and the items of all earlier
+    requests; bayes_vm_raw_history: their clicks, too; bayes_vm_codes: their signals, but no
+    clicks, as codes of an FM would tell. bayes_vm_history: items, clicks and signals of earlier
+    requests; bayes_fm_history: and the row's own signal.
     """
-    seen_RC, read_RC = _slate_likelihood(law, requests), _signal_likelihood(law, requests.signal_R)
+    shown_RC, seen_RC = (_slate_likelihood(law, requests, clicks=c) for c in (False, True))
+    read_RC = _signal_likelihood(law, requests.signal_R)
     taste_RC = law.taste_UC[requests.user_R]
     past_RC = predict_interest(law, requests, seen_RC * read_RC)
     beliefs = (
         taste_RC,
+        predict_interest(law, requests, shown_RC),
         predict_interest(law, requests, seen_RC),
+        predict_interest(law, requests, shown_RC * read_RC),
         past_RC,
         past_RC * read_RC,
     )
@@ -99,12 +110,17 @@ def _shown(law: Law, topic_RK: Ints) -> tuple[Floats, Floats]:
     return law.personalisation + other_RK, other_RK
 
 
-def _slate_likelihood(law: Law, requests: Requests) -> Floats:
-    """P(topics and clicks of a slate | interest), (R, C)."""
-    shown_on_RK, shown_off_RK = _shown(law, requests.topic_RK)
-    click_RK, on_RK, off_RK = requests.click_RK, requests.on_topic_RK, requests.off_topic_RK
-    on_RK = shown_on_RK * np.where(click_RK, on_RK, 1 - on_RK)
-    off_RK = shown_off_RK * np.where(click_RK, off_RK, 1 - off_RK)
+def _slate_likelihood(law: Law, requests: Requests, *, clicks: bool) -> Floats:
+    """P(topics of a slate, and its clicks or not | interest), (R, C)."""
+    on_RK, off_RK = _shown(law, requests.topic_RK)
+    if clicks:
+        click_RK, likely_RK, else_RK = (
+            requests.click_RK,
+            requests.on_topic_RK,
+            requests.off_topic_RK,
+        )
+        on_RK = on_RK * np.where(click_RK, likely_RK, 1 - likely_RK)
+        off_RK = off_RK * np.where(click_RK, else_RK, 1 - else_RK)
     topics_C = np.arange(len(law.popularity_C))
     likelihood_RC = np.ones((len(click_RK), len(topics_C)))
     for topic_R, on_R, off_R in zip(requests.topic_RK.T, on_RK.T, off_RK.T, strict=True):

@@ -66,7 +66,7 @@ class Synthetic:
     """Simulated feed. Same knobs and seed, same log; another `gap` leaves the clicks as they are.
 
     Truth columns, P(click | ...), best last (definitions in `bayes.click_probabilities`):
-    `bayes_vm`, `bayes_vm_raw_history`, `bayes_vm_history`, `bayes_fm_history`, `oracle`.
+    those of `bayes.TRUTH`, then `oracle`.
     Their NE on the default test window (all of seed 0): .900, .840, .804, .784, .768.
     """
 

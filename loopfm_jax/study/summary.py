@@ -1,0 +1,73 @@
+"""Cells -> numbers of a table: means over seeds, paired differences, the paper's number beside."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from scipy.stats import ttest_rel
+
+from loopfm_jax.metrics import Metrics
+from loopfm_jax.study.cells import Cell, Table
+from loopfm_jax.study.paper import PAPER
+from loopfm_jax.study.run import Result
+
+Results = Mapping[tuple[str, Cell], Result]
+
+
+def summarise(table: Table, results: Results) -> dict[str, Any]:
+    """The table as JSON: `rows`, `columns`, and per cell the numbers of `_numbers`."""
+    cells = {(cell.row, cell.column): results[table.name, cell] for cell in table.cells}
+    found = []
+    for cell in table.cells:
+        result = cells[cell.row, cell.column]
+        reference = cells.get(_reference(table, cell))
+        found.append(
+            {
+                "row": cell.row,
+                "column": cell.column,
+                "method": cell.method,
+                "changes": {name: str(value) for name, value in cell.changes.items()},
+                **_numbers(result),
+                **(_paired(result, reference) if reference not in (None, result) else {}),
+                "paper_auc": PAPER.get(table.name, {}).get((cell.row, cell.column)),
+            }
+        )
+    return {
+        "name": table.name,
+        "title": table.title,
+        "curve": table.curve,
+        "rows": table.rows,
+        "columns": table.columns,
+        "reference": _reference_name(table),
+        "cells": found,
+    }
+
+
+def _reference_name(table: Table) -> str:
+    return table.reference or "base"
+
+
+def _reference(table: Table, cell: Cell) -> tuple[str, str]:
+    name = _reference_name(table)
+    return (cell.row, name) if table.curve else (name, cell.column)
+
+
+def _numbers(result: Result) -> dict[str, Any]:
+    """Mean over seeds of every metric, AUC's standard deviation, and the cell's facts."""
+    means = {f: float(np.mean([getattr(s, f) for s in result.seeds])) for f in Metrics._fields}
+    aucs = [seed.auc for seed in result.seeds]
+    spread = {"auc_sd": float(np.std(aucs, ddof=1))} if len(aucs) > 1 else {}
+    return {**means, **spread, "auc_by_seed": aucs, "fm_auc": result.fm.auc, **result.facts}
+
+
+def _paired(result: Result, reference: Result) -> dict[str, float]:
+    """AUC above the reference, seed by seed, with its standard error and a paired t test."""
+    differences = np.array(
+        [a.auc - b.auc for a, b in zip(result.seeds, reference.seeds, strict=True)]
+    )
+    found = {"delta_auc": float(differences.mean())}
+    if len(differences) > 1:
+        found["delta_auc_se"] = float(differences.std(ddof=1) / np.sqrt(len(differences)))
+        found["seeds_won"] = int((differences > 0).sum())
+        found["p"] = float(ttest_rel(own, other).pvalue)
+    return found
