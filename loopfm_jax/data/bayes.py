@@ -114,15 +114,15 @@ def _slate_likelihood(law: Law, requests: Requests, *, clicks: bool) -> Floats:
     """P(topics of a slate, and its clicks or not | interest), (R, C)."""
     on_RK, off_RK = _shown(law, requests.topic_RK)
     if clicks:
-        click_RK, likely_RK, else_RK = (
+        click_RK, if_on_RK, if_off_RK = (
             requests.click_RK,
             requests.on_topic_RK,
             requests.off_topic_RK,
         )
-        on_RK = on_RK * np.where(click_RK, likely_RK, 1 - likely_RK)
-        off_RK = off_RK * np.where(click_RK, else_RK, 1 - else_RK)
+        on_RK = on_RK * np.where(click_RK, if_on_RK, 1 - if_on_RK)
+        off_RK = off_RK * np.where(click_RK, if_off_RK, 1 - if_off_RK)
     topics_C = np.arange(len(law.popularity_C))
-    likelihood_RC = np.ones((len(click_RK), len(topics_C)))
+    likelihood_RC = np.ones((len(requests.user_R), len(topics_C)))
     for topic_R, on_R, off_R in zip(requests.topic_RK.T, on_RK.T, off_RK.T, strict=True):
         likelihood_RC *= np.where(topic_R[:, None] == topics_C, on_R[:, None], off_R[:, None])
     return likelihood_RC

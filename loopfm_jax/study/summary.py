@@ -62,9 +62,8 @@ def _numbers(result: Result) -> dict[str, Any]:
 
 def _paired(result: Result, reference: Result) -> dict[str, float]:
     """AUC above the reference, seed by seed, with its standard error and a paired t test."""
-    differences = np.array(
-        [a.auc - b.auc for a, b in zip(result.seeds, reference.seeds, strict=True)]
-    )
+    own, other = (np.array([seed.auc for seed in r.seeds]) for r in (result, reference))
+    differences = own - other
     found = {"delta_auc": float(differences.mean())}
     if len(differences) > 1:
         found["delta_auc_se"] = float(differences.std(ddof=1) / np.sqrt(len(differences)))
