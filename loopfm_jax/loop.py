@@ -6,7 +6,7 @@ position in the data, so a resumed run ends bit-equal to one that was never inte
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,6 +23,7 @@ from loopfm_jax.data.batches import Assemble, Batch, GlobalBatches, OrderConfig,
 from loopfm_jax.errors import UserError, check_limits
 from loopfm_jax.optim import OptimConfig, make_optimiser
 from loopfm_jax.progress import track
+from loopfm_jax.tables import with_pretrained
 
 CURVE_POINTS = 60
 
@@ -81,6 +82,7 @@ def train(
     seed: int,
     directory: Path,
     constants: Any = (),
+    pretrained: Mapping[str, np.ndarray] | None = None,
     start: nnx.Module | None = None,
     title: str = "train",
 ) -> Trained:
@@ -90,11 +92,14 @@ def train(
       rows: row numbers of the window, in time order.
       assemble: row numbers -> batch.
       constants: arrays on the device that every step reads (a history store).
+      pretrained: tables that are never trained, by field.
       start: a model to go on from, with a fresh optimiser; default: a new one.
     """
     _check_batch(config.order.batch, mesh)
     source = GlobalBatches(rows, assemble, config=config.order, seed=seed)
     graphdef, state, shardings = create(task.build, config.optim, mesh, seed)
+    rest = with_pretrained(state.rest, pretrained or {}, shardings.rest)
+    state = replace(state, rest=rest)
     if start is not None:
         params, rest = jax.tree.map(jnp.copy, _parts(start))  # the step donates what it is given
         state = jax.device_put(replace(state, params=params, rest=rest), shardings)

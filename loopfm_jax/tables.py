@@ -9,10 +9,11 @@ the public scale (xavier-normal) a few count columns drown the rest of a log of 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, struct
 
 from loopfm_jax.data.schema import Field, Schema
@@ -21,6 +22,27 @@ from loopfm_jax.errors import check_limits
 
 class Frozen(nnx.Variable):
     """A value that is never trained (pretrained tables)."""
+
+
+def with_pretrained(rest: Any, tables: Mapping[str, np.ndarray], shardings: Any) -> Any:
+    """The part of a model's state that is not trained, with `tables` in its `Frozen` values.
+
+    A model is built with zeros there: constants of hundreds of megabytes do not belong into a
+    compiled program.
+
+    Args:
+      rest: nested dicts of arrays, as a training state holds them.
+      tables: [V, frozen_width] by the field that owns the table.
+      shardings: of `rest`.
+    """
+
+    def fill(path: tuple[Any, ...], leaf: jax.Array, where: Any) -> jax.Array:
+        *_, parent, name = ("", "", *(str(getattr(k, "key", k)) for k in path))
+        if parent != "frozen" or name not in tables:
+            return leaf
+        return jax.device_put(np.asarray(tables[name], leaf.dtype), where)
+
+    return jax.tree.map_with_path(fill, rest, shardings)
 
 
 @dataclass(frozen=True)

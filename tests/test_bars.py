@@ -5,7 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import h5py
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import polars as pl
 import pytest
 from bars_files import (
@@ -266,3 +268,16 @@ def test_the_whole_loop(tmp_path, capsys, name):
     found = line.succeed("run", "--methods", "loopfm", "--vm.backbone.behaviours")
     assert found["rows"]["test"] == 50
     assert set(found["methods"]) == {"base", "loopfm"}
+    if name == "kuai":  # every model was trained on, and saved with, the pictures of the videos
+        folders = [line.workdir / "fm" / "teacher", line.workdir / "vm" / "base" / "seed_0"]
+        assert all(np.array_equal(saved_table(f), log_table(line)) for f in folders)
+
+
+def log_table(line: CommandLine) -> np.ndarray:
+    return load(line.workdir / "data")[0].pretrained["item_emb"]
+
+
+def saved_table(folder: Path) -> np.ndarray:
+    with ocp.StandardCheckpointer() as reader:
+        leaves = jax.tree.leaves_with_path(reader.restore((folder / "model").resolve()))
+    return next(np.asarray(v) for path, v in leaves if "'frozen'" in jax.tree_util.keystr(path))

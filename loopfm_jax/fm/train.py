@@ -87,6 +87,7 @@ def train_fm(
         seed=seed,
         directory=directory,
         constants=lessons.past(mesh, config),
+        pretrained=lessons.inputs.log.pretrained,
         title="train-fm",
     )
     checkpoint.save_model(trained.model, directory)

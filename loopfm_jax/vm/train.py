@@ -152,6 +152,7 @@ def train_vm(
         seed=seed,
         directory=directory,
         constants=past,
+        pretrained=examples.inputs.log.pretrained,
         title=title,
     )
     judged = examples.inputs.rows(holdout)
