@@ -59,7 +59,7 @@ def place(raw: RawLog, order: pl.Series, *, scratch: Path) -> RawLog:
                 length=events.length,
             )
             end[rows], length[rows] = stop + placed, count
-            kept.append({name: seen[name].to_numpy() for name in names})
+            kept.append({name: _small(seen[name].to_numpy()) for name in names})
             placed += len(seen)
             path.unlink()
     values = {name: np.concatenate([part.pop(name) for part in kept]) for name in names}
@@ -132,6 +132,14 @@ def _search(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return found
 
 
+def _small(values: np.ndarray) -> np.ndarray:
+    """In the smallest type that holds them."""
+    if not len(values):
+        return values.astype(np.uint8)
+    kinds = np.min_scalar_type(values.min()), np.min_scalar_type(values.max())
+    return values.astype(np.result_type(*kinds))
+
+
 def _with_slices(
     raw: RawLog,
     events: Events,
@@ -156,6 +164,6 @@ def _with_slices(
 
 def _coded(kind: pl.DataType, values: np.ndarray) -> Coded:
     if isinstance(kind, pl.Enum):
-        return Coded(values.astype(np.uint8), pl.Series(kind.categories, dtype=pl.String))
+        return Coded(values, pl.Series(kind.categories, dtype=pl.String))
     coded = code(pl.Series(values))
-    return Coded(coded.codes.astype(np.min_scalar_type(len(coded.texts))), coded.texts)
+    return Coded(_small(coded.codes), coded.texts)

@@ -1,0 +1,100 @@
+"""Codes stand for the same texts whatever the type; rows are ordered as by a full sort."""
+
+from datetime import date
+
+import numpy as np
+import polars as pl
+import pytest
+from raw_logs import make_frame, make_raw, prepare_and_load, same_columns
+
+from loopfm_jax.data import builder
+from loopfm_jax.data.coding import Coded, by_appearance, code, dense
+from loopfm_jax.data.events import _visible
+from loopfm_jax.data.order import collapse_groups, order_rows
+
+COLUMNS = {
+    "small integers": pl.Series([3, 0, 2, 3, 1], dtype=pl.Int8),
+    "with gaps": pl.Series([3, None, 2, 3, None], dtype=pl.Int32),
+    "negative": pl.Series([-5, 7, -5, 0], dtype=pl.Int64),
+    "huge": pl.Series([2**62, -(2**62), 2**62, 0]),
+    "unsigned": pl.Series([2**64 - 1, 0, 2**64 - 1], dtype=pl.UInt64),
+    "far from zero": pl.Series([10**12 + 5, 10**12, 10**12 + 5]),
+    "text": pl.Series(["b", "", None, "a", "b"]),
+    "floats": pl.Series([1.5, float("nan"), None, 1.5, 2.0]),
+    "flags": pl.Series([True, None, False, True]),
+    "categories": pl.Series(["x", "y", None, "x"], dtype=pl.Categorical),
+    "enum": pl.Series(["buy", "pv", None, "buy"], dtype=pl.Enum(["pv", "cart", "buy"])),
+    "dates": pl.Series([date(2020, 1, 2), None, date(2020, 1, 2)]),
+    "only gaps": pl.Series([None, None], dtype=pl.Int64),
+    "nothing": pl.Series([None, None]),
+    "no rows": pl.Series([], dtype=pl.Int32),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_codes_stand_for_texts(name):
+    values = COLUMNS[name]
+    coded = code(values)
+    texts = values.cast(pl.String).fill_null("").to_list()
+    assert [coded.texts[int(c)] for c in coded.codes] == texts
+    counts = dict(zip(coded.texts, coded.counts(step=2), strict=True))
+    assert {t: n for t, n in counts.items() if n} == {t: texts.count(t) for t in texts}
+    numbers = by_appearance(coded)
+    assert numbers.dtype == np.int32
+    assert numbers.tolist() == [list(dict.fromkeys(texts)).index(t) for t in texts]
+
+
+def test_weights_count():
+    coded = Coded(np.array([0, 1, 1, 2]), pl.Series(["a", "b", "c"]))
+    assert coded.counts(np.array([5, 0, 7, 1]), step=3).tolist() == [5, 7, 1]
+
+
+def test_keys_of_any_type_are_in_the_order_of_their_values():
+    for name in ("huge", "negative", "far from zero"):
+        values = COLUMNS[name]
+        assert dense(values).tolist() == [sorted(set(values)).index(v) for v in values]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_rows_are_ordered_as_by_a_full_sort(seed):
+    """With ties in all leading columns, gaps, NaN and lists."""
+    few = [pl.col(n) % 2 for n in ("key", "item", "shop")]
+    frame = make_frame(300, seed=seed).with_columns(
+        pl.col("time") // 20_000,
+        pl.col("label") * 0,
+        pl.when(pl.col("price") > 10).then(float("nan")).otherwise(1.0).alias("price"),
+        pl.when(pl.col("item") % 3 == 0).then(None).otherwise("surface").alias("surface"),
+        pl.col("age") * 0,
+        *few,
+    )
+    frame = collapse_groups(frame.sample(fraction=1.0, shuffle=True, seed=seed))
+    others = [n for n in frame.columns if n not in ("time", "key")]
+    assert frame[order_rows(frame)].equals(frame.sort(["time", "key", *others]))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_visible_events(seed):
+    rng = np.random.default_rng(seed)
+    rows = np.zeros(200, [("number", "i4"), ("time", "i8"), ("what", "i4")])
+    rows["number"], rows["time"] = rng.integers(3, 9, 200), rng.integers(50, 90, 200)
+    rows["what"] = np.arange(200)
+    number, time = rng.integers(3, 9, 40), rng.integers(0, 150, 40)
+    seen, end, length = _visible(rows, number, time, length=4)
+    kept = seen["what"].to_numpy()
+    used = set()
+    for i in range(40):
+        mine = rows[(rows["number"] == number[i]) & (rows["time"] < time[i])]
+        wanted = mine[np.lexsort((mine["what"], mine["time"]))]["what"][-4:]
+        assert kept[end[i] - length[i] : end[i]].tolist() == wanted.tolist()
+        used |= set(wanted.tolist())
+    assert sorted(kept.tolist()) == sorted(used)
+
+
+def test_a_split_of_many_files(tmp_path, monkeypatch):
+    raw = make_raw(make_frame(203))
+    whole = prepare_and_load(tmp_path / "whole", raw)
+    monkeypatch.setattr(builder, "BLOCK_ROWS", 10)
+    monkeypatch.setattr(builder, "SHARD_BLOCKS", 3)
+    same_columns(whole, prepare_and_load(tmp_path / "parts", raw))
+    files = sorted(p.name for p in (tmp_path / "parts").rglob("*fm.array_record*"))
+    assert len(files) == 4  # 102 rows of the FM window: 11 blocks
