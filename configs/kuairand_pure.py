@@ -30,6 +30,7 @@ from loopfm_jax.data.raw import Windows
 from loopfm_jax.fm.teacher import FMConfig
 from loopfm_jax.history.encoders import EncoderConfig
 from loopfm_jax.loop import TrainConfig
+from loopfm_jax.study.config import StudyConfig
 from loopfm_jax.tables import TableConfig
 from loopfm_jax.vm.student import DistilConfig, VMConfig
 
@@ -55,6 +56,7 @@ def get_config() -> Config:
             distil=DistilConfig(alpha=1.0, beta=1.0, gamma=1.0),
             train=TrainConfig(order=OrderConfig(order="time", batch=512)),
         ),
+        study=StudyConfig(keys=("key", "video_id", "author_id", "key+author_id", "key,video_id")),
         methods=("base", "kd", "loopfm", "kd+loopfm", "kd+loopfm+outcome"),
         workdir=Path("runs/kuairand_pure"),
     )

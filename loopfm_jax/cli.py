@@ -19,6 +19,7 @@ import numpy as np
 import tyro
 
 from loopfm_jax import __version__, report, results, stages
+from loopfm_jax.auto import resolve
 from loopfm_jax.config import Config, as_json, load
 from loopfm_jax.data.batches import GlobalBatches, OrderConfig, iterate
 from loopfm_jax.errors import UserError
@@ -26,6 +27,8 @@ from loopfm_jax.flow import Flow
 from loopfm_jax.inputs import open_inputs
 from loopfm_jax.progress import say
 from loopfm_jax.sharding import make_mesh
+from loopfm_jax.study.make import headline as study_headline
+from loopfm_jax.study.make import make as make_study
 
 DISK = [os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)]
 CONTROLS = ("swapped-histories", "shuffled-labels")
@@ -61,12 +64,14 @@ def train_vm(flow: Flow) -> dict[str, Any]:
     """every requested method and seed, and the controls"""
     config, trained = flow.config, {}
     seeds = range(config.seed, config.seed + config.seeds)
-    for method in dict.fromkeys(("base", *config.methods)):
-        own = flow.for_method(method)
-        if own != flow:
+    for method in results.rows(config):
+        own, found = resolve(flow, method)
+        if own.taught_by != flow.taught_by:
             say(f"{method}: another FM")
             own.teach()
-        trained[method] = [_without_curve(own.train_vm(method, seed)) for seed in seeds]
+        if found != method:
+            say(f"{method}: {found}, distilled {own.config.vm.distil.gamma:g}")
+        trained[method] = [_without_curve(own.train_vm(found, seed)) for seed in seeds]
     for control in config.control:
         other, histories = results.controlled(flow, control)
         if other is not flow:
@@ -81,7 +86,7 @@ def evaluate(flow: Flow) -> dict[str, Any]:
     """metrics of the trained methods on the test window, and the report"""
     for folder in (flow.data, flow.teacher, flow.exported, flow.history):
         stages.verify(folder)
-    found = results.collect(flow, command="loopfm " + " ".join(sys.argv[1:]))
+    found = results.collect(flow, command=_command())
     folder = flow.judged(flow.root)
     report.write(found, folder)
     print(report.table(found), file=sys.stderr)
@@ -110,6 +115,13 @@ def run(flow: Flow) -> dict[str, Any]:
     return evaluate(flow)
 
 
+def study(flow: Flow) -> dict[str, Any]:
+    """the paper's tables: --tables transfers,pooling,.. --seeds 5"""
+    found = make_study(flow.config, command=_command())
+    say(f"study: {(flow.root / 'study.html').resolve()}")
+    return study_headline(found)
+
+
 COMMANDS: dict[str, Callable[[Flow], dict[str, Any]]] = {
     "prepare": prepare,
     "train-fm": train_fm,
@@ -119,6 +131,7 @@ COMMANDS: dict[str, Callable[[Flow], dict[str, Any]]] = {
     "evaluate": evaluate,
     "report": render,
     "run": run,
+    "study": study,
 }
 
 
@@ -163,7 +176,7 @@ def _dispatch(argv: list[str]) -> dict[str, Any]:
 
 def parse(path: Path, options: Sequence[str], *, command: str = "run") -> Config:
     """The configuration of a file with command-line options on top."""
-    options = list(options)
+    options = ["--study.tables" if option == "--tables" else option for option in options]
     if "--control" in options:  # bare: all of them
         at = options.index("--control") + 1
         if at == len(options) or options[at].startswith("-"):
@@ -190,6 +203,10 @@ def _load(path: Path) -> Config:
         lines = [call.lineno for call in calls if call.filename == str(path)]
         at = f", line {lines[-1]}" if lines else ""
         raise UserError(f"{path}{at}: {type(error).__name__}: {error}") from None
+
+
+def _command() -> str:
+    return "loopfm " + " ".join(sys.argv[1:])
 
 
 def _usage() -> str:

@@ -43,6 +43,8 @@ class Config:
     vm: VMConfig = field(default_factory=VMConfig)
     methods: tuple[str, ...] = ("base", "kd", "loopfm", "kd+loopfm")
     """Transfer methods to compare; `base` is always trained."""
+    transfer: Literal["listed", "auto"] = "listed"
+    """`auto` adds a row: the channels and their weight that the validation window favours."""
     control: tuple[Control, ...] = ()
     """Extra VMs: histories of other keys, and an FM trained on shuffled labels."""
     seeds: int = 1

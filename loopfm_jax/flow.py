@@ -47,6 +47,8 @@ class Flow:
     shared: bool = False
     """Name folders by what they are made of, so that experiments of one working directory share
     every stage that they have in common (`loopfm study`)."""
+    trial: str = ""
+    """Folder of VMs that are configured otherwise than the rest (`auto`)."""
 
     @property
     def root(self) -> Path:
@@ -61,7 +63,8 @@ class Flow:
 
     # Stages: folder, configuration, inputs
 
-    def _stage(self, command: str, folder: str, config: Mapping[str, Any], **more: Any) -> Stage:
+    def stage(self, command: str, folder: str, config: Mapping[str, Any], **more: Any) -> Stage:
+        """A stage with its place in the working directory."""
         if not self.shared:
             directory = self.root / FOLDERS[self.taught_by] / folder
         else:
@@ -71,7 +74,7 @@ class Flow:
 
     @property
     def _prepare(self) -> Stage:
-        return self.of("fm")._stage("prepare", "data", {"data": as_json(self.config.data)})
+        return self.of("fm").stage("prepare", "data", {"data": as_json(self.config.data)})
 
     @property
     def data(self) -> Path:
@@ -83,7 +86,7 @@ class Flow:
             "labels": "shuffled" if self.taught_by == "shuffled-labels" else "true",
             "span": "first-half" if self.taught_by == "first-round" else "whole",
         }
-        return self._stage(
+        return self.stage(
             "train-fm",
             "fm/teacher",
             {"fm": as_json(self.config.fm), "seed": self.config.seed, **told},
@@ -97,7 +100,7 @@ class Flow:
 
     @property
     def _export(self) -> Stage:
-        return self._stage(
+        return self.stage(
             "export",
             "fm/export",
             {"export": as_json(self.config.export), "seed": self.config.seed},
@@ -113,7 +116,7 @@ class Flow:
         told = as_json(self.config.history)
         for choice in ("side", "tap"):  # of the VM: they do not change the store
             del told[choice]
-        return self._stage(
+        return self.stage(
             "structure",
             "history",
             {"history": told},
@@ -148,8 +151,9 @@ class Flow:
             "holdout": config.holdout,
             "tap": config.history.tap if inputs.keys() & {"export", "history"} else None,
         }
-        folder = self.judged(Path(SWAPPED if histories == "swapped" else "")) / "vm" / method
-        return self._stage(
+        branch = Path(SWAPPED if histories == "swapped" else self.trial)
+        folder = self.judged(branch) / "vm" / method
+        return self.stage(
             "train-vm", str(folder / f"seed_{seed}"), told, inputs=inputs, resumable=True
         )
 
@@ -260,5 +264,6 @@ class Flow:
         manifest, done = stages.run(stage, work, force=self.config.force)
         name = stage.directory.relative_to(self.root)
         seconds = manifest["measured"]["seconds"]
-        say(f"{name}: {'done in' if done else 'up to date, took'} {seconds:.1f} s")
+        if done or not self.shared:
+            say(f"{name}: {'done in' if done else 'up to date, took'} {seconds:.1f} s")
         return manifest

@@ -9,15 +9,14 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
 from loopfm_jax import plots, svg
+from loopfm_jax.page import page
 from loopfm_jax.report_parts import (
     CONTROLS,
     DASH,
@@ -42,33 +41,38 @@ INTRODUCTION = (
 
 def write(report: dict[str, Any], directory: Path) -> None:
     """Writes report.json, report.md and report.html, each complete or not at all."""
-    clean = _finite(report)
+    clean = finite(report)
     texts = {
         "report.json": json.dumps(clean, indent=1, allow_nan=False) + "\n",
         "report.md": markdown(clean),
         "report.html": html(clean),
     }
-    directory.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        partial = directory / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, directory / name)
+        replace_file(directory / name, text)
 
 
-def _finite(value: Any) -> Any:
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def finite(value: Any) -> Any:
     """The same in plain JSON types, with null for NaN and infinities."""
     if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     if isinstance(value, (np.ndarray, np.generic)):
-        return _finite(value.tolist())
+        return finite(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(report: dict[str, Any]) -> str:
     """The comparison as aligned plain text, for a terminal."""
-    report = _finite(report)
+    report = finite(report)
     parts = [_aligned(main_grid(report).without("SD of AUC", "seeds won"))]
     parts.append("\n".join(notes(report)))
     controls, bayes = controls_grid(report), bayes_grid(report)
@@ -95,45 +99,44 @@ def _aligned(grid: Grid) -> str:
 
 def markdown(report: dict[str, Any]) -> str:
     """The report in GitHub's Markdown, without figures."""
-    parts = [f"# LoopFM on {_md(report.get('dataset') or 'a log')}"]
-    parts += [_md(subtitle(report)), f"**{_md(verdict(report))}**", INTRODUCTION]
-    parts.append(_pipes(main_grid(report)))
-    parts += [f"> {_md(note)}" for note in notes(report)]
+    parts = [f"# LoopFM on {text_of(report.get('dataset') or 'a log')}"]
+    parts += [text_of(subtitle(report)), f"**{text_of(verdict(report))}**", INTRODUCTION]
+    parts.append(pipes(main_grid(report)))
+    parts += [f"> {text_of(note)}" for note in notes(report)]
     parts.append("\n".join(f"- **{word}**: {said}" for word, said in WORDS.items()))
     controls, bayes, lengths = controls_grid(report), bayes_grid(report), lengths_grid(report)
     if controls:
-        said = [f"- {_md(c)}: {CONTROLS[c]}" for c in report["controls"] if c in CONTROLS]
-        parts += ["## Controls: these should gain nothing", "\n".join(said), _pipes(controls)]
+        said = [f"- {text_of(c)}: {CONTROLS[c]}" for c in report["controls"] if c in CONTROLS]
+        parts += ["## Controls: these should gain nothing", "\n".join(said), pipes(controls)]
     if bayes:
-        parts += ["## NE of the known click probabilities: no model can beat them", _pipes(bayes)]
+        parts += ["## NE of the known click probabilities: no model can beat them", pipes(bayes)]
     if lengths:
-        parts += ["## AUC by history length", _pipes(lengths)]
+        parts += ["## AUC by history length", pipes(lengths)]
     parts.append("## How the numbers came about")
-    parts.append("\n".join(f"- {title}: {_md(text)}" for title, text in facts(report)))
+    parts.append("\n".join(f"- {title}: {text_of(text)}" for title, text in facts(report)))
     if report.get("command"):
         parts.append("    " + " ".join(report["command"].split()))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _pipes(grid: Grid) -> str:
+def pipes(grid: Grid) -> str:
+    """A table in Markdown."""
     rule = [":--" if i < grid.left else "--:" for i in range(len(grid.head))]
-    lines = [[_md(c) for c in grid.head], rule, *([_md(c) for c in row] for row in grid.rows)]
+    cells = [[text_of(cell) for cell in row] for row in (grid.head, *grid.rows)]
+    lines = [cells[0], rule, *cells[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _md(text: str) -> str:
+def text_of(text: str) -> str:
     """Text that Markdown shows as it is."""
     return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", " ".join(str(text).split()))
 
 
 def html(report: dict[str, Any]) -> str:
-    """The report as one page that needs no network and no script."""
-    source = files("loopfm_jax").joinpath("report.html.j2").read_text(encoding="utf-8")
-    page = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(source)
+    """The report as one page."""
     figures = [p._replace(svg=Markup(p.svg)) for p in plots.figures(report)]
-    return page.render(
+    return page(
+        "report",
         title=report.get("dataset") or "a log",
         subtitle=subtitle(report),
         command=report.get("command"),
@@ -149,6 +152,4 @@ def html(report: dict[str, Any]) -> str:
         facts=facts(report),
         figures=figures,
         series={name: svg.style(name) for name in ("FM", *report.get("methods", {}))},
-        light=Markup(svg.variables(dark=False)),
-        dark=Markup(svg.variables(dark=True)),
     )

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 
 from loopfm_jax import evaluate, stages
+from loopfm_jax.auto import AUTO, choose, resolve
+from loopfm_jax.config import Config
 from loopfm_jax.data.log import load
 from loopfm_jax.flow import Flow, Histories
 from loopfm_jax.metrics import measure
@@ -20,15 +22,15 @@ def collect(flow: Flow, *, command: str = "") -> Report:
     """The report of a run whose stages are complete."""
     config = flow.config
     log, splits = load(flow.data)
-    rows = splits[config.holdout]
-    label, key = log["label"][rows].astype(np.float64), log["key"][rows]
-    flows = {m: flow.for_method(m) for m in dict.fromkeys(("base", *config.methods))}
-    manifests = {m: _manifests(flows[m], m) for m in flows}
-    predictions = {m: _predictions(flows[m], m) for m in flows}
+    judged = splits[config.holdout]
+    label, key = log["label"][judged].astype(np.float64), log["key"][judged]
+    found = {row: resolve(flow, row) for row in rows(config)}
+    manifests = {row: _manifests(own, method) for row, (own, method) in found.items()}
+    predictions = {row: _predictions(own, method) for row, (own, method) in found.items()}
     table = evaluate.compare(predictions, label=label, key=key)
     for method, row in table.items():
         row |= _training(manifests[method])
-    exported = slice(rows.start - splits["vm"].start, rows.stop - splits["vm"].start)
+    exported = slice(judged.start - splits["vm"].start, judged.stop - splits["vm"].start)
     soft = np.load(flow.exported / "soft.npy", allow_pickle=False)[exported]
     shown = flow.history / config.history.keys[0] / "length.npy"
     lengths = np.load(shown, allow_pickle=False)[exported]
@@ -45,10 +47,11 @@ def collect(flow: Flow, *, command: str = "") -> Report:
         "seeds": config.seeds,
         "fm": measure(label, soft, key)._asdict() | _training([teacher]),
         "methods": table,
+        "auto": choose(flow)["facts"] if AUTO in found else None,
         "transfer_ratio": evaluate.transfer_ratios(table, predictions, soft, label),
         "controls": _controls(flow, predictions["base"], label, key),
         "history": _history(flow, lengths),
-        "bayes": evaluate.bayes(log["truth"][rows], log.truth, label) if log.truth else {},
+        "bayes": evaluate.bayes(log["truth"][judged], log.truth, label) if log.truth else {},
         "seconds": _seconds(flow, manifests),
         "learning_curves": {
             "fm": teacher["facts"]["curve"],
@@ -63,10 +66,16 @@ def collect(flow: Flow, *, command: str = "") -> Report:
     }
 
 
+def rows(config: Config) -> list[str]:
+    """Rows of the comparison: `base`, the listed methods, and `auto` if it is asked for."""
+    auto = (AUTO,) if config.transfer == "auto" else ()
+    return list(dict.fromkeys(("base", *config.methods, *auto)))
+
+
 def headline(report: Report) -> Report:
     """The part of the report that a run prints as its last line."""
     names = ("workdir", "dataset", "rows", "seeds", "fm", "methods", "transfer_ratio", "history")
-    more = [name for name in ("bayes", "controls") if report[name]]
+    more = [name for name in ("auto", "bayes", "controls") if report[name]]
     return {name: report[name] for name in (*names, *more, "seconds")}
 
 

@@ -21,6 +21,10 @@ class Cell:
     changes: Mapping[str, Any]
     """What differs from the study's configuration: dotted option -> value."""
 
+    @property
+    def place(self) -> tuple[str, str]:
+        return self.row, self.column
+
 
 @dataclass(frozen=True)
 class Table:

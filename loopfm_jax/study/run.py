@@ -13,12 +13,13 @@ import jax
 import numpy as np
 
 from loopfm_jax import stages
-from loopfm_jax.config import Config
+from loopfm_jax.auto import resolve
+from loopfm_jax.config import Config, as_json
 from loopfm_jax.data.log import Log, load
 from loopfm_jax.flow import Flow
 from loopfm_jax.metrics import Metrics, measure, row_loss
 from loopfm_jax.progress import say
-from loopfm_jax.study.cells import Cell, Table, changed
+from loopfm_jax.study.cells import Table, changed
 
 
 @dataclass(frozen=True)
@@ -33,39 +34,39 @@ class Result:
     """bytes_per_row, params, needs_fm, examples_per_s, drift, losses of the codes."""
 
 
-def run(config: Config, tables: Iterable[Table]) -> dict[tuple[str, Cell], Result]:
-    """(table, cell) -> result."""
-    tables = list(tables)
+Results = dict[tuple[str, tuple[str, str]], Result]
+"""(table, (row, column)) -> result."""
+
+
+def run(config: Config, tables: Iterable[Table]) -> Results:
+    """Every cell's result."""
     cells = [(table.name, cell) for table in tables for cell in table.cells]
-    results: dict[tuple[str, Cell], Result] = {}
+    results: Results = {}
     found: dict[str, Result] = {}
     started = time.monotonic()
     for i, (name, cell) in enumerate(cells):
-        flow = flow_of(config, cell)
-        same = str(flow.vm(cell.method, config.seed))
+        flow = Flow(changed(config, cell.changes), shared=True)
+        same = f"{flow.history} {stages.digest(as_json(flow.config.vm))} {cell.method}"
         if same not in found:
             say(f"study: {name}, {cell.row} {cell.column} ({i + 1} of {len(cells)} cells)")
-            found[same] = _run(flow, cell)
+            found[same] = _run(flow, cell.method)
             jax.clear_caches()  # hundreds of programs would fill the memory
-        results[name, cell] = found[same]
+        results[name, cell.place] = found[same]
     say(f"study: {len(found)} experiments in {(time.monotonic() - started) / 60:.1f} min")
     return results
 
 
-def flow_of(config: Config, cell: Cell) -> Flow:
-    """The stages of a cell."""
-    return Flow(changed(config, cell.changes), shared=True).for_method(cell.method)
-
-
-def _run(flow: Flow, cell: Cell) -> Result:
+def _run(flow: Flow, method: str) -> Result:
     config = flow.config
     flow.prepare()
     flow.teach()
+    flow, method = resolve(flow, method)
+    flow.teach()
     seeds = range(config.seed, config.seed + config.seeds)
-    manifests = [flow.train_vm(cell.method, seed) for seed in seeds]
+    manifests = [flow.train_vm(method, seed) for seed in seeds]
     log, splits = load(flow.data)
     rows = splits[config.holdout]
-    paths = [flow.vm(cell.method, seed) / "prediction.npy" for seed in seeds]
+    paths = [flow.vm(method, seed) / "prediction.npy" for seed in seeds]
     predictions = [np.load(path, allow_pickle=False) for path in paths]
     exported = stages.verify(flow.exported)["facts"]
     soft = np.load(flow.exported / "soft.npy", allow_pickle=False)
@@ -83,6 +84,7 @@ def _run(flow: Flow, cell: Cell) -> Result:
             "bytes_per_row": stages.verify(flow.history)["facts"]["bytes_per_row"],
             "losses": exported["losses"],
             "drift": exported.get("drift", []),
+            "method": method,
         },
     )
 

@@ -1,6 +1,5 @@
 """Cells -> numbers of a table: means over seeds, paired differences, the paper's number beside."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,17 +8,15 @@ from scipy.stats import ttest_rel
 from loopfm_jax.metrics import Metrics
 from loopfm_jax.study.cells import Cell, Table
 from loopfm_jax.study.paper import PAPER
-from loopfm_jax.study.run import Result
-
-Results = Mapping[tuple[str, Cell], Result]
+from loopfm_jax.study.run import Result, Results
 
 
 def summarise(table: Table, results: Results) -> dict[str, Any]:
     """The table as JSON: `rows`, `columns`, and per cell the numbers of `_numbers`."""
-    cells = {(cell.row, cell.column): results[table.name, cell] for cell in table.cells}
+    cells = {cell.place: results[table.name, cell.place] for cell in table.cells}
     found = []
     for cell in table.cells:
-        result = cells[cell.row, cell.column]
+        result = cells[cell.place]
         reference = cells.get(_reference(table, cell))
         found.append(
             {
@@ -28,8 +25,8 @@ def summarise(table: Table, results: Results) -> dict[str, Any]:
                 "method": cell.method,
                 "changes": {name: str(value) for name, value in cell.changes.items()},
                 **_numbers(result),
-                **(_paired(result, reference) if reference not in (None, result) else {}),
-                "paper_auc": PAPER.get(table.name, {}).get((cell.row, cell.column)),
+                **({} if reference is None or reference is result else _paired(result, reference)),
+                "paper_auc": PAPER.get(table.name, {}).get(cell.place),
             }
         )
     return {
