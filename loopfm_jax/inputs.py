@@ -31,8 +31,12 @@ class Inputs:
 
     def batch(self, rows: np.ndarray) -> Batch:
         """`ids_BC`, `floats_BN`, `label_B` of the given row numbers."""
-        parts = [self.log["ids"][rows]]
-        parts.extend(self.log.padded(f.name, rows, length=f.length) for f in self.schema.sequences)
+        parts, slots = [self.log["ids"][rows]], {}
+        for f in self.schema.sequences:
+            at = (f.slices or f.name, f.length)
+            if at not in slots:
+                slots[at] = self.log.slots(f.name, rows, length=f.length)
+            parts.append(self.log.fill(f.name, slots[at]))
         floats = self.log.columns.get("floats")
         return {
             "ids_BC": np.concatenate(parts, axis=1),

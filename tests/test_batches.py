@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopfm_jax.data.batches import Batch, GlobalBatches, OrderConfig, iterate
-from loopfm_jax.data.log import pad_front
+from loopfm_jax.data.log import fill_slots, find_slots
 from loopfm_jax.errors import UserError
 from loopfm_jax.inputs import open_inputs
 
@@ -117,10 +117,10 @@ def test_numbers_below_one(name):
 
 @settings(max_examples=80, deadline=None)
 @given(lengths=st.lists(st.integers(0, 6), min_size=1, max_size=8), longest=st.integers(1, 7))
-def test_pad_front_keeps_the_last_values(lengths, longest):
+def test_padding_keeps_the_last_values(lengths, longest):
     values = np.arange(1, sum(lengths) + 1, dtype=np.int32)
     ends = np.cumsum(lengths)
-    padded = pad_front(values, ends, np.array(lengths), length=longest)
+    padded = fill_slots(values, find_slots(ends, np.array(lengths), length=longest))
     assert padded.shape == (len(lengths), longest) and padded.dtype == np.int32
     for row, end, count in zip(padded, ends, lengths, strict=True):
         kept = values[max(end - count, end - longest) : end].tolist()

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -73,25 +74,47 @@ class Log:
 
     def padded(self, name: str, rows: np.ndarray, *, length: int) -> np.ndarray:
         """Fused ids of a sequence field at `rows` as [B, length], padded with 0 in front."""
+        return self.fill(name, self.slots(name, rows, length=length))
+
+    def slots(self, name: str, rows: np.ndarray, *, length: int) -> "Slots":
+        """Where the last `length` values of a sequence field stand; equal for fields of one
+        `slices`."""
         f = self.schema[name]
-        if not f.slices:
-            ragged, start = self.ragged[name], self.starts[name]
-            count = ragged.lengths[rows]
-            return pad_front(ragged.values, start[rows] + count, count, length=length)
-        end, count = self[f"{f.slices}/end"][rows], self[f"{f.slices}/length"][rows]
-        ids = pad_front(self.sequences[name], end, count, length=length).astype(np.int32)
-        ids[ids > 0] += self.schema.offsets[name]
-        return ids
+        if f.slices:
+            end, count = self[f"{f.slices}/end"][rows], self[f"{f.slices}/length"][rows]
+        else:
+            count = self.ragged[name].lengths[rows]
+            end = self.starts[name][rows] + count
+        return find_slots(end, count, length=length)
+
+    def fill(self, name: str, slots: "Slots") -> np.ndarray:
+        """The fused ids at `slots`, int32 [B, length]."""
+        f = self.schema[name]
+        values = self.sequences[name] if f.slices else self.ragged[name].values
+        return fill_slots(values, slots, offset=self.schema.offsets[name] if f.slices else 0)
 
 
-def pad_front(values: np.ndarray, end: np.ndarray, count: np.ndarray, *, length: int) -> np.ndarray:
-    """Slices `values[end - count : end]` as [B, length, ...]: the last `length`, 0 in front."""
+class Slots(NamedTuple):
+    """Padded sequences: the position of every value, and whether there is one."""
+
+    index_BL: np.ndarray
+    real_BL: np.ndarray
+
+
+def find_slots(end: np.ndarray, count: np.ndarray, *, length: int) -> Slots:
+    """The last `length` positions of every slice `end - count : end`, padded in front."""
+    back_L = np.arange(length, 0, -1)
+    return Slots(end[:, None] - back_L, back_L <= count[:, None])
+
+
+def fill_slots(values: np.ndarray, slots: Slots, *, offset: int = 0) -> np.ndarray:
+    """`values + offset` at the slots, 0 where there is none; int32 [B, length]."""
     if not len(values):
-        return np.zeros((len(end), length, *values.shape[1:]), values.dtype)
-    index_BL = end[:, None] - length + np.arange(length)
-    real_BL = index_BL >= (end - count)[:, None]
-    taken = values[np.where(real_BL, index_BL, 0)]
-    return np.where(real_BL.reshape(real_BL.shape + (1,) * (values.ndim - 1)), taken, 0)
+        return np.zeros(slots.real_BL.shape, np.int32)
+    filled_BL = values.take(slots.index_BL, mode="clip").astype(np.int32, copy=False)
+    filled_BL += offset
+    filled_BL *= slots.real_BL
+    return filled_BL
 
 
 def load(directory: Path) -> tuple[Log, dict[str, slice]]:
