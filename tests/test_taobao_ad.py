@@ -141,7 +141,6 @@ def test_the_order_of_the_files_does_not_matter(raw, folder, tmp_path, monkeypat
         mixed = table(raw, name).sample(fraction=1.0, shuffle=True, seed=3)
         mixed.write_csv(other / f"{name}.csv")
     monkeypatch.setattr(events, "BATCH", 50)
-    monkeypatch.setattr(events, "BUCKETS", 3)
     assert files_of(prepared_from(other, tmp_path / "log")) == files_of(folder)
 
 

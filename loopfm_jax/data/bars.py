@@ -148,7 +148,7 @@ def _with_roles(frame: pl.DataFrame, layout: Layout, *, in_test: bool) -> pl.Dat
     roles = [
         pl.col(layout.key).alias("key"),
         time.alias("time"),
-        pl.col(layout.label).cast(pl.Int8).alias("label"),
+        pl.col(layout.label).cast(pl.Float32).alias("label"),
         *(pl.col(source).alias(name) for name, source in layout.further.items()),
     ]
     if layout.moment is not None:  # no moment is in both files

@@ -40,8 +40,9 @@ class Encoded:
     """[rows, N] float32."""
     vocabulary: pl.DataFrame
     """field, value, id (local): what stands behind every known id."""
-    sequences: dict[str, np.ndarray] = field(default_factory=dict)
-    """[S] local ids, in the smallest type that holds them, per field with `slices`."""
+    sequences: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    """Codes [S] and the local id of each code, in the smallest type that holds it, per field with
+    `slices`: `ids[codes]` may be too large to hold as well."""
 
     @property
     def ids(self) -> np.ndarray:
@@ -94,7 +95,8 @@ def encode(
         if owner in raw.pretrained:
             _check_pretrained(part, local, raw.pretrained[owner])
         if schema[name].slices:
-            sequences[name] = local.astype(np.min_scalar_type(schema[name].rows))[part.coded.codes]
+            small = np.min_scalar_type(schema[name].rows)
+            sequences[name] = part.coded.codes, local.astype(small)
             continue
         fused = (local + schema.offsets[name]).astype(np.int32)[part.coded.codes]
         if part.lengths is None:

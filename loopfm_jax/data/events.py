@@ -2,7 +2,8 @@
 
 The event log (TaobaoAd: 723 million rows) is read once, in batches, and split by key into files;
 each of them then fits in memory, is sorted by (key, time) and keeps the events that some example
-sees. An example sees the last `length` events of its key strictly before its own time.
+sees. An example sees the last `length` events of its key strictly before its own time. What is kept
+stands file by file: a key's events are together, and that is all that slices need.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from loopfm_jax.data.raw import Events, RawLog, Sequences
 from loopfm_jax.errors import UserError
 
 BUCKETS = 64
-"""Files the events are split into: a power of this many keys share one."""
+"""Files the events are split into, by a hash of the key: active keys often have similar numbers."""
 BATCH = 1 << 20
 
 
@@ -43,7 +44,7 @@ def place(raw: RawLog, order: pl.Series, *, scratch: Path) -> RawLog:
         .group_by("key")
         .agg(pl.first("number"), pl.max("time").alias("last"))
     )
-    bucket = _bucket(number, len(keys))
+    bucket = _bucket(number)
     names = [c.name for c in events.columns]
     record = np.dtype([("number", "i4"), ("time", "i8"), *((name, "i4") for name in names)])
     kept, end, length = [], np.zeros(len(order), np.int64), np.zeros(len(order), np.int32)
@@ -81,7 +82,7 @@ def _split(events: Events, keys: pl.DataFrame, record: np.dtype, folder: Path) -
                 rows = np.empty(len(batch), record)
                 for name in batch.columns:
                     rows[name] = batch[name].to_numpy()
-                bucket = _bucket(rows["number"], len(keys))
+                bucket = _bucket(rows["number"])
                 by_bucket = np.argsort(bucket, kind="stable")
                 rows = rows[by_bucket]
                 stops = np.searchsorted(bucket[by_bucket], np.arange(BUCKETS + 1))
@@ -93,8 +94,10 @@ def _split(events: Events, keys: pl.DataFrame, record: np.dtype, folder: Path) -
     return paths
 
 
-def _bucket(number: np.ndarray, keys: int) -> np.ndarray:
-    return (number.astype(np.int64) * BUCKETS // keys).astype(np.uint8)
+def _bucket(number: np.ndarray) -> np.ndarray:
+    """Multiplicative hashing: the upper bits of the product with the golden ratio."""
+    mixed = number.astype(np.uint32) * np.uint32(0x9E3779B1)
+    return ((mixed >> np.uint32(16)) % BUCKETS).astype(np.uint8)
 
 
 def _visible(
@@ -104,18 +107,20 @@ def _visible(
     frame = pl.DataFrame({name: rows[name] for name in rows.dtype.names or ()})
     if not len(rows):
         return frame, np.zeros(len(time), np.int64), np.zeros(len(time), np.int32)
-    low, high = int(rows["time"].min()), int(rows["time"].max())
-    base, span = int(rows["number"].min()), high - low + 1
     order = order_rows(frame, by=("number", "time"))
+    keys, times = (frame[name].gather(order).to_numpy() for name in ("number", "time"))
+    known = keys[np.r_[True, keys[1:] != keys[:-1]]]
+    low, high = int(times.min()), int(times.max())
+    span = high - low + 1
 
     def pack(number: np.ndarray, since: np.ndarray | int) -> np.ndarray:
-        return (number.astype(np.int64) - base) * span + since
+        return np.searchsorted(known, number) * span + since
 
-    keys, times = (frame[name].gather(order).to_numpy() for name in ("number", "time"))
     packed = pack(keys, times - low)
     end = _search(packed, pack(number, np.clip(time - low, 0, span)))
     start = _search(packed, pack(number, 0))
     count = np.minimum(end - start, length).astype(np.int32)
+    count[~np.isin(number, known)] = 0
     cover = np.zeros(len(rows) + 1, np.int32)
     np.add.at(cover, end - count, 1)
     np.add.at(cover, end, -1)

@@ -7,7 +7,6 @@ as int32 ids.
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +24,8 @@ from loopfm_jax.data.log import KEY, PRETRAINED, SEQUENCES
 from loopfm_jax.data.order import collapse_groups, order_rows
 from loopfm_jax.data.raw import SPLITS, Card, Pretrained, RawLog, Windows
 from loopfm_jax.errors import UserError
+
+PIECE = 1 << 20
 
 
 def prepare(
@@ -53,14 +54,12 @@ def prepare(
     if raw.events is not None:
         raw = place(raw, order, scratch=directory)
     encoded = encode(raw, raw.frame, fm_rows=cuts["fm"][1], order=order)
-    _write_tables(directory / SEQUENCES, encoded.sequences)
-    _write_tables(directory / PRETRAINED, {n: _padded(t) for n, t in raw.pretrained.items()})
+    _write_side(directory, raw, encoded)
     raw, encoded = replace(raw, sequences=(), pretrained={}), replace(encoded, sequences={})
-    columns = _columns(raw, encoded, order, time=time, label=label)
     folder = builder.write(
         name,
         directory,
-        columns=columns,
+        columns=_columns(raw, encoded, order, time=time, label=label),
         ragged={n: (r.values, r.lengths) for n, r in encoded.ragged.items()},
         bounds=cuts,
         card=card,
@@ -72,7 +71,6 @@ def prepare(
         "truth": list(raw.truth),
     }
     (directory / "schema.json").write_text(json.dumps(schema, indent=1))
-    encoded.vocabulary.write_parquet(directory / "vocabulary.parquet")
     return {
         "rows": {**rows, "duplicates_dropped": raw.duplicates},
         "keys": raw.frame["key"].gather(order).n_unique(),
@@ -80,6 +78,15 @@ def prepare(
         "windows": bounds_text,
         "notes": dict(raw.notes),
     }
+
+
+def _write_side(directory: Path, raw: RawLog, encoded: Encoded) -> None:
+    """What is not one value a row: vocabularies, side arrays, fixed tables."""
+    encoded.vocabulary.write_parquet(directory / "vocabulary.parquet")
+    for name, (codes, ids) in encoded.sequences.items():
+        _write_gathered(directory / SEQUENCES / f"{name}.npy", ids, codes)
+    for name, table in raw.pretrained.items():
+        _write_gathered(directory / PRETRAINED / f"{name}.npy", *_with_padding(table))
 
 
 def _columns(
@@ -111,16 +118,24 @@ def _columns(
     return columns
 
 
-def _padded(table: Pretrained) -> np.ndarray:
-    """With the rows of padding and of unknown ids: zeros."""
-    return np.pad(table.values, ((1, 1), (0, 0)))
+def _with_padding(table: Pretrained) -> tuple[np.ndarray, np.ndarray]:
+    """The table with a row of zeros behind it, and its rows between those of padding and unknown
+    ids: zeros."""
+    rows = len(table.values)
+    padded = np.pad(table.values, ((0, 1), (0, 0)))
+    return padded, np.r_[rows, :rows, rows]
 
 
-def _write_tables(folder: Path, tables: Mapping[str, np.ndarray]) -> None:
-    if tables:
-        folder.mkdir()
-    for name, values in tables.items():
-        np.save(folder / f"{name}.npy", values, allow_pickle=False)
+def _write_gathered(path: Path, values: np.ndarray, index: np.ndarray) -> None:
+    """`values[index]` as an .npy file, piece by piece."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("wb") as file:
+        kind = np.lib.format.dtype_to_descr(values.dtype)
+        shape = (len(index), *values.shape[1:])
+        header = {"descr": kind, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for low in range(0, len(index), PIECE):
+            values[index[low : low + PIECE]].tofile(file)
 
 
 def cut(time: np.ndarray, windows: Windows) -> tuple[dict[str, tuple[int, int]], str]:
