@@ -4,6 +4,7 @@ A column of a hundred million values has far fewer distinct ones: strings are ma
 and every later step (counting, fitting, encoding) is a gather over integers.
 """
 
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +50,12 @@ def code(values: pl.Series) -> Coded:
 def as_text(values: pl.Series) -> pl.Series:
     """Values of any type as vocabularies spell them; missing ones are empty."""
     return values.cast(pl.String).fill_null("")
+
+
+def hashed(coded: Coded, rows: int) -> Coded:
+    """Every value in one of so many rows, the same one wherever and whenever it occurs."""
+    row = np.array([zlib.crc32(text.encode()) % rows for text in coded.texts], np.int32)
+    return Coded(row[coded.codes], as_text(pl.int_range(rows, eager=True)))
 
 
 def dense(values: pl.Series) -> np.ndarray:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import polars as pl
 
-from loopfm_jax.data.coding import Coded, as_text, code
+from loopfm_jax.data.coding import Coded, as_text, code, hashed
 from loopfm_jax.data.raw import Column, Pretrained, RawLog, Sequences
 from loopfm_jax.data.schema import Behaviour, Field, Numeric, Schema
 from loopfm_jax.errors import UserError
@@ -118,6 +118,7 @@ def _split(values: pl.Series, column: Column, fm_rows: int) -> _Part:
     if column.kind == "sequence":
         return _split_lists(values, column, fm_rows)
     coded = _buckets(values, column, fm_rows) if column.buckets else code(values)
+    coded = hashed(coded, column.hashed) if column.hashed else coded
     return _Part(column, coded, Coded(coded.codes[:fm_rows], coded.texts).counts())
 
 
@@ -160,6 +161,8 @@ def _fit(parts: list[_Part], raw: RawLog) -> dict[str, pl.DataFrame]:
     return {
         c.name: _given(raw.pretrained[c.name].ids)
         if c.name in raw.pretrained
+        else _numbered(as_text(pl.int_range(c.hashed, eager=True)))
+        if c.hashed
         else _most_frequent(
             [p for p in parts if c.name in (p.column.name, p.column.shares)],
             min_count=c.min_count,

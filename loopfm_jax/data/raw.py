@@ -31,6 +31,9 @@ class Column:
     """Sequences: how many values are kept, the last ones."""
     log: bool = False
     """Numeric: log1p before standardising."""
+    hashed: int = 0
+    """Ids by hashing into this many rows: nothing is fitted, so that values which come later have
+    rows of their own (or share one by chance)."""
     buckets: int = 0
     """Numeric: cut into this many quantile buckets and treat as categorical."""
 

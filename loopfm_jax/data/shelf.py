@@ -35,7 +35,9 @@ class Shelf:
         return np.searchsorted(arrival_I, place_RK * span + time_R[:, None], side="right") - 1
 
 
-def draw_shelf(rng: Generator, *, places: int, days: int, half_life_days: float) -> Shelf:
+def draw_shelf(
+    rng: Generator, *, places: int, days: int, half_life_days: float, appeal: float
+) -> Shelf:
     """Occupants are replaced at exponential times; the first ones are already some age."""
     span, life = days * DAY_MS, half_life_days * DAY_MS / math.log(2)
     successors = rng.poisson(span / life, size=places)
@@ -53,5 +55,5 @@ def draw_shelf(rng: Generator, *, places: int, days: int, half_life_days: float)
         place_I=place_I[order],
         birth_I=birth_I[order],
         tags_I2=tags_I2,
-        quality_I=tag_quality[tags_I2].mean(axis=1) + OWN * rng.standard_normal(items),
+        quality_I=appeal * (tag_quality[tags_I2].mean(axis=1) + OWN * rng.standard_normal(items)),
     )

@@ -43,7 +43,11 @@ LIMITS: dict[str, tuple[float, float]] = {
     "topics": (2, 64),
     "items_per_topic": (1, 100_000),
     "item_half_life_days": (0.01, 1e6),
+    "item_rows": (0, 10_000_000),
     "interest_half_life_days": (0.001, 1e6),
+    "appeal": (0, 10),
+    "trend": (0, 10),
+    "trend_half_life_days": (0.01, 1e6),
     "strength": (0, 10),
     "personalisation": (0, 1),
     "gap": (0, 1),
@@ -54,7 +58,6 @@ LIMITS: dict[str, tuple[float, float]] = {
 
 COLUMNS = (
     *(Column(name) for name in ("user_id", "topic", "hour", "surface")),
-    Column("item_id", min_count=3),
     Column("tags", kind="sequence", length=2),
     Column("item_age_days", kind="numeric", log=True),
     Column("signal", fm_only=True),
@@ -85,8 +88,17 @@ class Synthetic:
     """On offer at any one time, with Zipf popularity."""
     item_half_life_days: float = 60.0
     """After it half of the items are replaced: 365 is a shop, 0.5 is news."""
+    item_rows: int = 0
+    """Rows of the item table, by hashing: new items are learned as they come. 0 = one row per
+    item of the FM window, new ones share the unknown id."""
     interest_half_life_days: float = 2.0
     """How long a current interest lasts; what history is worth falls with its age on this scale."""
+    appeal: float = 1.0
+    """How much items differ by themselves; with a short half-life, what an old FM cannot know."""
+    trend: float = 0.0
+    """How much topics differ in appeal on a day; what was true of one last week may be wrong."""
+    trend_half_life_days: float = 2.0
+    """After it half of a topic's appeal is forgotten."""
     strength: float = 2.5
     """Logit difference between an item of the current interest and any other item."""
     personalisation: float = 0.1
@@ -117,7 +129,9 @@ class Synthetic:
         people, goods, visits, signals, clicks = (np.random.default_rng(s) for s in streams)
         users = _draw_users(self, people)
         places, life = self.topics * self.items_per_topic, self.item_half_life_days
-        shelf = draw_shelf(goods, places=places, days=self.days, half_life_days=life)
+        shelf = draw_shelf(
+            goods, places=places, days=self.days, half_life_days=life, appeal=self.appeal
+        )
         feed = _draw_feed(self, users, shelf, visits)
         noise_R = signals.integers(self.topics, size=len(feed.user_R))
         true_R = signals.random(len(feed.user_R)) < self.gap
@@ -136,7 +150,7 @@ class Synthetic:
         truth = click_probabilities(users.law, requests) | {"oracle": oracle_RK}
         return RawLog(
             frame=_frame(self, shelf, feed, requests, truth),
-            columns=COLUMNS,
+            columns=(*COLUMNS, Column("item_id", min_count=3, hashed=self.item_rows)),
             item=("item_id", "topic"),
             entity=("user_id",),
             behaviour=("item_id", "topic"),
@@ -243,9 +257,22 @@ def _base_logit(knobs: Synthetic, users: _Users, shelf: Shelf, feed: _Feed) -> F
         + (users.bias_U[feed.user_R] + context_R)[:, None]
         + users.affinity_UC[feed.user_R[:, None], feed.topic_RK]
         + shelf.quality_I[feed.item_RK]
+        + _draw_trend(knobs)[feed.topic_RK, (feed.time_R // DAY_MS)[:, None]]
         + FRESHNESS * np.exp(-age_days_RK)
         - knobs.strength / knobs.topics
     )
+
+
+def _draw_trend(knobs: Synthetic) -> Floats:
+    """Appeal of every topic on every day, (C, days): forgotten and renewed at a constant rate."""
+    rng = np.random.default_rng((knobs.seed, 1))
+    kept = 0.5 ** (1 / knobs.trend_half_life_days)
+    noise_CD = knobs.trend * rng.standard_normal((knobs.topics, knobs.days))
+    trend_CD = noise_CD.copy()
+    for day in range(1, knobs.days):
+        fresh_C = math.sqrt(1 - kept**2) * noise_CD[:, day]
+        trend_CD[:, day] = kept * trend_CD[:, day - 1] + fresh_C
+    return trend_CD
 
 
 def _click_bias(knobs: Synthetic, users: _Users) -> float:
@@ -261,7 +288,7 @@ def _click_bias(knobs: Synthetic, users: _Users) -> float:
     logit = (users.bias_U[some, None] + users.affinity_UC[some])[:, None, :]
     logit = logit + knobs.strength * (same_CC - 1 / knobs.topics)
     node, node_weight = np.polynomial.hermite_e.hermegauss(5)  # items differ like a Gaussian
-    logit = logit[..., None] + math.hypot(OWN, TAG) * node
+    logit = logit[..., None] + knobs.appeal * math.hypot(OWN, TAG) * node
     weight = weight[..., None] * node_weight
     low, high = -30.0, 30.0
     for _ in range(40):

@@ -7,6 +7,7 @@ PAPER section 3); the others are ours: what the paper only names.
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from loopfm_jax.auto import AUTO
 from loopfm_jax.config import Config
 from loopfm_jax.errors import UserError
 from loopfm_jax.history.encoders import ENCODERS
@@ -130,6 +131,16 @@ def key(config: Config) -> Table:
     return Table("key", "Keys of the history, kd+loopfm", tuple(cells))
 
 
+def stale(config: Config) -> Table:
+    """What the soft labels of a stale FM cost, and what removes it (ours)."""
+    frozen = ("base", "kd", "adapter", "loopfm", "kd+loopfm", "adapter+loopfm", AUTO)
+    cells = [Cell(method, "", method, {}) for method in frozen]
+    for kind in ("fresh", "linear"):
+        for method in ("kd", "loopfm", "kd+loopfm"):
+            cells.append(Cell(f"{method}, {kind}", "", method, {"export.refresh": kind}))
+    return Table("stale", "A stale FM, and what helps", tuple(cells))
+
+
 def keep(config: Config) -> Table:
     """Which entries count: watched ones only, later ones, those of less time."""
     kinds = {
@@ -163,7 +174,7 @@ TABLES: dict[str, Callable[[Config], Table]] = {
     function.__name__: function
     for function in (
         *(transfers, pooling, raw, tap, checkpoint, length, dim, growth, code, capacity, key),
-        *(keep, outcome, seeds, decomposition),
+        *(keep, outcome, stale, seeds, decomposition),
     )
 }
 
