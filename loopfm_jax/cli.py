@@ -27,6 +27,7 @@ from loopfm_jax.flow import Flow
 from loopfm_jax.inputs import open_inputs
 from loopfm_jax.progress import say
 from loopfm_jax.sharding import make_mesh
+from loopfm_jax.study.analyse import analyse as analyse_codes
 from loopfm_jax.study.make import headline as study_headline
 from loopfm_jax.study.make import make as make_study
 
@@ -122,6 +123,13 @@ def study(flow: Flow) -> dict[str, Any]:
     return study_headline(found)
 
 
+def analyse(flow: Flow) -> dict[str, Any]:
+    """what is in the exported codes: spectrum, profiles, pictures"""
+    found = analyse_codes(flow)
+    say(f"analysis: {(flow.root / 'analysis.html').resolve()}")
+    return found
+
+
 COMMANDS: dict[str, Callable[[Flow], dict[str, Any]]] = {
     "prepare": prepare,
     "train-fm": train_fm,
@@ -132,6 +140,7 @@ COMMANDS: dict[str, Callable[[Flow], dict[str, Any]]] = {
     "report": render,
     "run": run,
     "study": study,
+    "analyse": analyse,
 }
 
 

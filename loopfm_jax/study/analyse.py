@@ -1,0 +1,206 @@
+"""`loopfm analyse`: what is in the codes that an FM left behind (PAPER section 3, embedding facts).
+
+Reads a finished `export`; writes analysis.json, .md, .html and the pictures. Codes are taken as a
+VM reads them, after quantisation, of up to `SAMPLE` rows of the judged window.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from scipy.stats import rankdata
+
+from loopfm_jax import stages
+from loopfm_jax.data.log import load
+from loopfm_jax.flow import Flow
+from loopfm_jax.history.codes import dequantise
+from loopfm_jax.history.store import open_export
+from loopfm_jax.page import page
+from loopfm_jax.plots import Plot
+from loopfm_jax.progress import say
+from loopfm_jax.report import finite, pipes, replace_file, text_of
+from loopfm_jax.report_parts import Grid
+from loopfm_jax.study.render import Section
+from loopfm_jax.svg import RC, SERIES, new_axes, render, style
+
+SAMPLE = 20_000
+SHOWN = 2_000
+"""Points of a picture."""
+INTRODUCTION = (
+    "The paper's codes of TaobaoAd use 32 of 32 dimensions; their 4 largest singular values "
+    "explain 28 %, the 8 largest 47 %; their mean norm is 1.71; the profiles of their correlation "
+    "with the soft label and with the click agree (rank correlation .95)."
+)
+
+
+def analyse(flow: Flow) -> dict[str, Any]:
+    """The analysis of a flow's export, written into its working directory; returns its numbers."""
+    facts = stages.verify(flow.exported)["facts"]
+    exported = open_export(flow.exported, facts)
+    log, splits = load(flow.data)
+    judged = splits[flow.config.holdout]
+    rows = np.arange(judged.start, judged.stop)
+    rows = rows[:: max(1, len(rows) // SAMPLE)]
+    example = rows - facts["first"]
+    soft, outcome = exported.soft[example], log["label"][rows]
+    found: dict[str, Any] = {"dataset": flow.config.data.name, "rows": len(rows), "taps": {}}
+    sections = []
+    for tap, stored in exported.codes.items():
+        z = np.asarray(dequantise(jnp.asarray(stored[example]), exported.codecs[tap]), np.float64)
+        found["taps"][tap] = {
+            **spectrum(z),
+            **spread(z),
+            **profiles(z, soft, outcome),
+            "losses": facts["losses"][tap],
+        }
+        sections.append(_section(tap, found["taps"][tap], z, soft))
+    found["drift"] = facts.get("drift", [])
+    _write(finite(found), sections, flow.root)
+    return {k: v for k, v in found.items() if k != "taps"} | {
+        "taps": {t: {k: v[k] for k in ("effective_rank", "norm")} for t, v in found["taps"].items()}
+    }
+
+
+def spectrum(z: np.ndarray) -> dict[str, Any]:
+    """Singular values of centred codes [rows, Z], the share of variance in the largest ones, and
+    the effective rank: the exponential of the entropy of these shares."""
+    values = np.linalg.svd(z - z.mean(axis=0), compute_uv=False)
+    share = values**2 / np.square(values).sum()
+    positive = share[share > 0]
+    return {
+        "singular_values": values.tolist(),
+        "top_4": float(share[:4].sum()),
+        "top_8": float(share[:8].sum()),
+        "effective_rank": float(np.exp(-(positive * np.log(positive)).sum())),
+    }
+
+
+def spread(z: np.ndarray) -> dict[str, Any]:
+    """Range, norms, and how many dimensions vary at all."""
+    norm = np.linalg.norm(z, axis=1)
+    return {
+        "width": z.shape[1],
+        "used": int((z.std(axis=0) > 1e-3).sum()),
+        "low": float(z.min()),
+        "high": float(z.max()),
+        "norm": float(norm.mean()),
+        "norm_sd": float(norm.std()),
+    }
+
+
+def profiles(z: np.ndarray, soft: np.ndarray, outcome: np.ndarray) -> dict[str, Any]:
+    """Pearson correlation of every dimension with the soft label and with the outcome, and the
+    rank correlation of these two profiles."""
+    with_soft, with_outcome = (_pearson(z, y.astype(np.float64)) for y in (soft, outcome))
+    ranks = np.corrcoef(rankdata(with_soft), rankdata(with_outcome))
+    return {
+        "with_soft_label": with_soft.tolist(),
+        "with_outcome": with_outcome.tolist(),
+        "profiles_agree": float(ranks[0, 1]) if z.shape[1] > 1 else None,
+    }
+
+
+def _pearson(z: np.ndarray, y: np.ndarray) -> np.ndarray:
+    z, y = z - z.mean(axis=0), y - y.mean()
+    scale = np.linalg.norm(z, axis=0) * np.linalg.norm(y)
+    return z.T @ y / np.where(scale > 0, scale, 1)
+
+
+def principal(z: np.ndarray) -> np.ndarray:
+    """The first two principal components, [rows, 2]."""
+    centred = z - z.mean(axis=0)
+    return centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
+
+
+def _embed(z: np.ndarray) -> np.ndarray | None:
+    """t-SNE [rows, 2]; None, with the reason on stderr, without scikit-learn."""
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        say("analyse: no t-SNE picture, scikit-learn is not installed (pip install scikit-learn)")
+        return None
+    return TSNE(init="pca", random_state=0).fit_transform(z)
+
+
+def _section(tap: str, found: Mapping[str, Any], z: np.ndarray, soft: np.ndarray) -> Section:
+    rows = [
+        ["dimensions in use", f"{found['used']} of {found['width']}"],
+        ["effective rank", f"{found['effective_rank']:.1f}"],
+        ["variance in 4, in 8 directions", f"{found['top_4']:.1%}, {found['top_8']:.1%}"],
+        ["range", f"{found['low']:.2f} to {found['high']:.2f}"],
+        ["norm", f"{found['norm']:.2f} ± {found['norm_sd']:.2f}"],
+        ["profiles agree (rank correlation)", f"{found['profiles_agree'] or 0:.2f}"],
+        *[[f"variance lost: {name}", f"{v:.2%}"] for name, v in found["losses"].items() if v],
+    ]
+    some = np.random.default_rng(0).permutation(len(z))[:SHOWN]
+    with matplotlib.rc_context(RC):
+        figures = [_spectrum_plot(tap, found), _profile_plot(tap, found)]
+        figures.append(_points(f"{tap}: principal components", principal(z[some]), soft[some]))
+        near = _embed(z[some])
+        if near is not None:
+            figures.append(_points(f"{tap}: t-SNE", near, soft[some]))
+    return Section(f"Tap {tap}", Grid(["fact", "value"], rows), [], figures)
+
+
+def _spectrum_plot(tap: str, found: Mapping[str, Any]) -> Plot:
+    figure, axes = new_axes(height=2.6)
+    values = np.array(found["singular_values"])
+    axes.plot(np.arange(1, len(values) + 1), values, color=SERIES[style("loopfm")][0], marker="^")
+    axes.set_xlabel("direction")
+    axes.set_ylabel("singular value")
+    title = f"{tap}: singular values"
+    return Plot(title, "A flat curve uses its numbers well.", render(figure, title))
+
+
+def _profile_plot(tap: str, found: Mapping[str, Any]) -> Plot:
+    figure, axes = new_axes(height=2.9)
+    colour, _, marker = SERIES[style("kd")]
+    axes.scatter(found["with_soft_label"], found["with_outcome"], color=colour, marker=marker)
+    axes.set_xlabel("correlation with the soft label")
+    axes.set_ylabel("with the outcome")
+    title = f"{tap}: every dimension against what it should know"
+    return Plot(title, "One point per dimension.", render(figure, title))
+
+
+def _points(title: str, at: np.ndarray, soft: np.ndarray) -> Plot:
+    """Codes in the plane, in three colours by soft label."""
+    figure, axes = new_axes(height=3.6)
+    thirds = np.array_split(np.argsort(soft, kind="stable"), 3)
+    names = {"low": "base", "middle": "loopfm", "high": "kd"}
+    for (name, method), rows in zip(names.items(), thirds, strict=True):
+        colour, _, _ = SERIES[style(method)]
+        axes.scatter(at[rows, 0], at[rows, 1], s=3, color=colour, label=name, linewidths=0)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    figure.legend(loc="outside upper left", ncols=3)
+    caption = "Each point is a row; colours: the lower, middle and upper third of soft labels."
+    return Plot(title, caption, render(figure, title))
+
+
+def _write(found: Mapping[str, Any], sections: list[Section], directory: Path) -> None:
+    parts = [f"# What is in the codes: {text_of(found['dataset'])}", INTRODUCTION]
+    for section in sections:
+        parts += [f"## {section.title}", pipes(section.grid)]
+    shown = [
+        s._replace(figures=[p._replace(svg=Markup(p.svg)) for p in s.figures]) for s in sections
+    ]
+    texts = {
+        "analysis.json": json.dumps(found, indent=1, allow_nan=False) + "\n",
+        "analysis.md": "\n\n".join(parts) + "\n",
+        "analysis.html": page(
+            "study",
+            title=f"{found['dataset']}: what is in the codes",
+            subtitle=f"{found['rows']:,} rows of the judged window",
+            introduction=INTRODUCTION,
+            sections=shown,
+            command=None,
+            facts=[],
+        ),
+    }
+    for name, text in texts.items():
+        replace_file(directory / name, text)
