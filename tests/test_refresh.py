@@ -1,0 +1,124 @@
+"""An FM that goes on learning: days, cutoffs, aligned codes."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from command_line import CommandLine
+from flax import nnx
+
+from loopfm_jax.data.log import load
+from loopfm_jax.errors import UserError
+from loopfm_jax.fm import refresh
+from loopfm_jax.fm.exporter import ExportConfig
+
+KINDS = ("fresh", "linear", "ema", "anchored")
+FOUR_DAYS = ("--export.refresh-hours", "96")
+
+
+@pytest.fixture
+def loopfm(tmp_path, capsys) -> CommandLine:
+    return CommandLine(tmp_path, capsys)
+
+
+def facts_of(loopfm: CommandLine, stage: str) -> dict:
+    return json.loads((loopfm.workdir / stage / "manifest.json").read_text())["facts"]
+
+
+@pytest.mark.parametrize(("hours", "starts"), [(24, [0, 2, 5]), (1, [0, 1, 2, 4, 5]), (999, [0])])
+def test_days_start_where_time_does(hours, starts):
+    time = np.array([0, 5, 24, 24.5, 30, 71]) * 3_600_000 + 17
+    assert refresh.day_starts(time.astype(np.int64), hours=hours) == starts
+
+
+def test_the_map_finds_a_rotation_and_a_shift():
+    rng = np.random.default_rng(0)
+    old = rng.uniform(-0.5, 0.5, (500, 4))
+    turn, _ = np.linalg.qr(rng.normal(size=(4, 4)))
+    new = (old - 0.1) @ turn.T
+    found = refresh.fit_map(new, old)
+    assert found.shape == (5, 4) and found.dtype == np.float32
+    np.testing.assert_allclose(new @ found[:-1] + found[-1], old, atol=0.02)
+
+
+def test_an_average_of_models_is_that_of_their_numbers():
+    old, new = (nnx.Linear(3, 2, rngs=nnx.Rngs(seed)) for seed in range(2))
+    mixed = refresh.average(old, new, kept=0.25)
+    expected = 0.25 * old.kernel[...] + 0.75 * new.kernel[...]
+    np.testing.assert_allclose(mixed.kernel[...], expected, rtol=1e-6)
+    assert not jnp.array_equal(mixed.kernel[...], new.kernel[...])
+
+
+def test_every_day_is_logged_by_an_fm_that_saw_the_days_before_and_no_more(loopfm):
+    """Cutoffs, drift and codes of all kinds, from one FM."""
+    for command in ("prepare", "train-fm", "export"):
+        loopfm.succeed(command)
+    fixed = np.load(loopfm.workdir / "fm/export/codes_hidden_0.npy")
+    log, splits = load(loopfm.workdir / "data")
+    first = splits["vm"].start
+    exported, times = np.arange(first, len(log)), log["time"]
+    drift, soft = {}, {}
+    for kind in KINDS:
+        loopfm.succeed("export", "--force", "--export.refresh", kind, *FOUR_DAYS)
+        facts = facts_of(loopfm, "fm/export")
+        starts = [exported[i] for i in refresh.day_starts(times[exported], hours=96)]
+        assert [start for start, _ in facts["cutoffs"]] == [int(times[row]) for row in starts]
+        for (start, cutoff), row in zip(facts["cutoffs"], starts, strict=True):
+            known = log["logged_time"][:row]
+            assert cutoff == known[known < start].max() < start
+        codes = np.load(loopfm.workdir / "fm/export/codes_hidden_0.npy")
+        day = starts[1] - first
+        np.testing.assert_array_equal(codes[:day], fixed[:day])  # the first day is the frozen FM's
+        assert (codes[day:] != fixed[day:]).any()
+        drift[kind] = facts["drift"][-1]
+        soft[kind] = np.load(loopfm.workdir / "fm/export/soft.npy")
+    assert len(facts["drift"]) == len(starts) - 1
+    for kind in ("linear", "ema", "anchored"):
+        assert drift[kind]["centroid"] < drift["fresh"]["centroid"]
+        assert drift[kind]["cosine"] > drift["fresh"]["cosine"]
+    np.testing.assert_array_equal(soft["linear"], soft["fresh"])  # the map is for codes alone
+    assert (soft["ema"] != soft["fresh"]).any()
+
+
+def test_vms_take_refreshed_codes_and_a_leak_is_refused(loopfm, monkeypatch):
+    for command in ("prepare", "train-fm"):
+        loopfm.succeed(command)
+    told = ["--export.refresh", "fresh", "--methods", "kd+loopfm", *FOUR_DAYS]
+    with monkeypatch.context() as patch:  # every checkpoint claims to have seen its own day
+        late = lambda first, *args, **kwargs: {"cutoffs": [[0, 2**50]], "drift": []}  # noqa: E731
+        patch.setattr(refresh, "run", late)
+        loopfm.succeed("export", *told)
+        loopfm.succeed("structure", *told)
+        message = loopfm.fail(loopfm.argv("train-vm", *told))
+        assert "the codes would leak" in message
+    loopfm.succeed("export", "--force", *told)
+    loopfm.succeed("structure", *told)
+    assert set(loopfm.succeed("train-vm", *told)) == {"base", "kd+loopfm"}
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"ema": 1.5}, {"refresh_hours": 0}, {"anchor": -1}, {"books": 0}]
+)
+def test_settings_that_make_no_sense(knobs):
+    with pytest.raises(UserError, match=f"export.{next(iter(knobs))}"):
+        ExportConfig(**knobs)
+
+
+def test_a_second_round_reads_the_first_and_both_keep_to_their_windows(loopfm):
+    """Self-LoopFM: the first FM learns half of the FM window and logs the rest."""
+    loopfm.succeed("run", "--methods", "loopfm", "self")
+    log, splits = load(loopfm.workdir / "data")
+    middle = splits["vm"].start // 2
+    first = facts_of(loopfm, "self/first_round/fm/export")
+    assert first["first"] == middle
+    assert first["cutoffs"][0][1] < log["time"][middle] == first["cutoffs"][0][0]
+    second = facts_of(loopfm, "self/fm/export")
+    assert second["first"] == splits["vm"].start
+    plain = facts_of(loopfm, "fm/teacher")
+    assert facts_of(loopfm, "self/fm/teacher")["params"] > plain["params"]
+    read = json.loads((loopfm.workdir / "self/fm/teacher/manifest.json").read_text())["inputs"]
+    made = json.loads((loopfm.workdir / "self/first_round/history/manifest.json").read_text())
+    assert read["history"] == made["content"]
+    assert Path(loopfm.workdir / "self/vm/self/seed_0/prediction.npy").exists()

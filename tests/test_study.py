@@ -1,0 +1,217 @@
+"""Studies: tables of cells, shared stages, statistics, decomposition, pages; analyses of codes."""
+
+import json
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from command_line import CommandLine
+from scipy.stats import ttest_rel
+
+from loopfm_jax.backbones import BackboneConfig
+from loopfm_jax.config import Config
+from loopfm_jax.errors import UserError
+from loopfm_jax.fm.teacher import FMConfig
+from loopfm_jax.metrics import Metrics
+from loopfm_jax.study import analyse
+from loopfm_jax.study.cells import Cell, Table, changed
+from loopfm_jax.study.config import StudyConfig
+from loopfm_jax.study.decomposition import TERMS, decompose
+from loopfm_jax.study.paper import PAPER
+from loopfm_jax.study.run import Result
+from loopfm_jax.study.summary import summarise
+from loopfm_jax.study.tables import TABLES, find_tables
+from loopfm_jax.vm.methods import find_method
+
+TAPS = ("hidden_0", "hidden_1", "embedding", "all", "item", "entity")
+WHOLE = Config(
+    fm=FMConfig(backbone=BackboneConfig(hidden=(8, 6)), taps=TAPS),
+    study=StudyConfig(keys=("key", "item_id", "key,item_id", "key+topic"), vms=("deepfm", "dmin")),
+)
+
+
+# --------------------------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_is_made_of_experiments_that_exist(name):
+    table = TABLES[name](WHOLE)
+    assert table.name == name and table.cells
+    places = [cell.place for cell in table.cells]
+    assert len(set(places)) == len(places)
+    for cell in table.cells:
+        if cell.method != "auto":
+            find_method(cell.method)
+        changed(WHOLE, cell.changes)  # every option exists and takes the value
+    reference = table.reference or "base"
+    known = {(row, reference) for row in table.rows} if table.curve else {
+        (reference, column) for column in table.columns
+    }  # fmt: skip
+    assert known <= set(places)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_numbers_belong_to_cells_of_its_tables(name):
+    wide = replace(
+        WHOLE.study,
+        vms=("fm2", "fmfm", "deepfm", "dien", "dmr", "dmin"),
+        lengths=(10, 25, 50, 75, 100),
+    )
+    table = TABLES[name](changed(WHOLE, {"study": wide, "vm.backbone.tables.width": 32}))
+    places = {cell.place for cell in table.cells}
+    unknown = set(PAPER[name]) - places
+    assert unknown <= {("128", "kd+loopfm")}, unknown  # no code of 128 numbers here
+
+
+def test_tables_by_name():
+    names = ["seeds,length", "code", "seeds"]
+    assert [t.name for t in find_tables(names, WHOLE)] == ["seeds", "length", "code"]
+    with pytest.raises(UserError, match="no table 'lenth': tables are transfers"):
+        find_tables(["lenth"], WHOLE)
+
+
+def test_changed_sets_dotted_options_and_knows_no_others():
+    found = changed(WHOLE, {"history.length": 7, "vm.backbone.tables.width": 2})
+    assert (found.history.length, found.vm.backbone.tables.width) == (7, 2)
+    assert found.fm == WHOLE.fm and WHOLE.history.length != 7
+    with pytest.raises(ValueError, match="no option 'lenth'"):
+        changed(WHOLE, {"history.lenth": 7})
+
+
+# ---------------------------------------------------------------------------------- numbers
+
+
+def result(*aucs: float) -> Result:
+    seeds = [Metrics(auc, 0.6, 0.5, 0.9, 1.0) for auc in aucs]
+    facts = {"bytes_per_row": 16, "losses": {}, "drift": []}
+    return Result(seeds, np.zeros(3), Metrics(0.7, 0.6, 0.5, 0.9, 1.0), facts)
+
+
+def test_differences_are_paired_by_seed_and_tested():
+    cells = (Cell("base", "", "base", {}), Cell("kd", "", "kd", {}), Cell("loopfm", "", "x", {}))
+    table = Table("seeds", "title", cells)
+    base, kd = (0.70, 0.72, 0.71), (0.705, 0.724, 0.716)
+    found = summarise(
+        table,
+        {
+            ("seeds", ("base", "")): result(*base),
+            ("seeds", ("kd", "")): result(*kd),
+            ("seeds", ("loopfm", "")): result(*base),
+        },
+    )
+    by_row = {cell["row"]: cell for cell in found["cells"]}
+    apart = np.subtract(kd, base)
+    assert "delta_auc" not in by_row["base"]
+    assert by_row["kd"]["delta_auc"] == pytest.approx(apart.mean())
+    assert by_row["kd"]["delta_auc_se"] == pytest.approx(apart.std(ddof=1) / np.sqrt(3))
+    assert by_row["kd"]["p"] == pytest.approx(ttest_rel(kd, base).pvalue)
+    assert by_row["kd"]["seeds_won"] == 3 and by_row["loopfm"]["seeds_won"] == 0
+    assert by_row["kd"]["paper_auc"] == 0.5978
+
+
+def test_a_curve_is_tested_against_base_of_its_own_row():
+    cells = tuple(Cell(x, m, m, {}) for x in ("5", "10") for m in ("base", "loopfm"))
+    aucs = {("5", "base"): 0.7, ("5", "loopfm"): 0.71, ("10", "base"): 0.8, ("10", "loopfm"): 0.83}
+    results = {("length", place): result(auc) for place, auc in aucs.items()}
+    found = summarise(Table("length", "title", cells, curve=True), results)
+    deltas = [cell.get("delta_auc") for cell in found["cells"]]
+    assert deltas == [None, pytest.approx(0.01), None, pytest.approx(0.03)]
+
+
+def test_decomposition_is_exact_and_has_the_errors_of_its_rows():
+    rng = np.random.default_rng(0)
+    losses = {name: rng.normal(1, 0.1, 500) for name in ("x", "raw", "loopfm", "both")}
+    limits = {name: np.full(500, value) for name, value in zip(losses, (4, 3, 2, 1), strict=True)}
+    found = decompose(losses, limits)
+    estimate = {name: term["estimate"] for name, term in found.items()}
+    together = estimate["I_temporal"] + estimate["I_cross"] - estimate["I_residual"]
+    assert estimate["I_loopfm"] == pytest.approx(together, abs=1e-12)
+    assert {name: term["truth"] for name, term in found.items()} == {
+        "I_loopfm": 2, "I_temporal": 1, "I_cross": 2, "I_residual": 1,
+    }  # fmt: skip
+    apart = losses["raw"] - losses["both"]
+    assert found["I_cross"]["se"] == pytest.approx(apart.std(ddof=1) / np.sqrt(500))
+    assert all("truth" not in term for term in decompose(losses).values()) and set(found) == {
+        *TERMS
+    }
+
+
+# ----------------------------------------------------------------------------------- whole
+
+
+@pytest.fixture
+def loopfm(tmp_path, capsys) -> CommandLine:
+    return CommandLine(tmp_path, capsys)
+
+
+def test_a_study_runs_every_experiment_once_and_goes_on(loopfm):
+    small = ["--seeds", "2", "--study.lengths", "2", "5", "--vm.encoder.name", "mean"]
+    line = loopfm.succeed("study", *small, "--tables", "seeds,length")
+    made = sorted(loopfm.workdir.glob("*/*/manifest.json"))
+    stages = [path.parent.parent.name for path in made]
+    # base and kd know no histories; loopfm and kd+loopfm of two lengths; two seeds each
+    assert {s: stages.count(s) for s in set(stages)} == {
+        "prepare": 1, "train-fm": 1, "export": 1, "structure": 2, "train-vm": 2 * (2 + 4),
+    }  # fmt: skip
+    seeds = {cell["row"]: cell for cell in line["tables"]["seeds"]}
+    longest = [c for c in line["tables"]["length"] if (c["row"], c["column"]) == ("5", "loopfm")]
+    assert longest[0]["auc"] == seeds["loopfm"]["auc"]  # the same run in two tables
+
+    before = {path: path.stat().st_mtime_ns for path in made}
+    again = loopfm.succeed("study", *small, "--tables", "seeds,length,decomposition")
+    assert {path: path.stat().st_mtime_ns for path in made} == before
+    assert again["tables"]["seeds"] == line["tables"]["seeds"]
+    terms = again["decomposition"]["with outcomes"]
+    assert set(terms) == {*TERMS} and terms["I_loopfm"]["truth"] > 0
+
+    study = json.loads((loopfm.workdir / "study.json").read_text())
+    assert [table["name"] for table in study["tables"]] == ["seeds", "length", "decomposition"]
+    text = (loopfm.workdir / "study.md").read_text()
+    assert "| kd+loopfm |" in text and "0.6342" in text and "SEs apart" in text
+    for name in ("seeds", "length"):
+        ElementTree.parse(loopfm.workdir / f"{name}.svg")
+    page = (loopfm.workdir / "study.html").read_text()
+    assert page.count("<svg") == 3 - 1 + page.count("Gain decomposition</h3>")
+
+
+def test_an_unknown_table_is_refused(loopfm):
+    message = loopfm.refuse("study", "--tables", "transfer")
+    assert "no table 'transfer'" in message and "transfers" in message
+
+
+# -------------------------------------------------------------------------------- analyses
+
+
+def test_effective_rank_counts_directions():
+    rng = np.random.default_rng(0)
+    flat = rng.normal(size=(4000, 6))
+    assert analyse.spectrum(flat)["effective_rank"] == pytest.approx(6, abs=0.05)
+    thin = flat[:, :2] @ rng.normal(size=(2, 6))
+    found = analyse.spectrum(thin)
+    assert found["effective_rank"] < 2.01 and found["top_4"] == pytest.approx(1)
+    facts = analyse.spread(np.c_[np.ones(10), np.arange(10) / 10])
+    assert (facts["width"], facts["used"], facts["low"], facts["high"]) == (2, 1, 0, 1)
+
+
+def test_profiles_are_correlations_of_every_dimension():
+    rng = np.random.default_rng(0)
+    soft, z = rng.random(500), rng.normal(size=(500, 4))
+    z[:, 0] += 3 * soft
+    outcome = (rng.random(500) < soft).astype(float)
+    found = analyse.profiles(z, soft, outcome)
+    expected = [np.corrcoef(z[:, d], soft)[0, 1] for d in range(4)]
+    np.testing.assert_allclose(found["with_soft_label"], expected)
+    assert found["with_soft_label"][0] > 0.5 and -1 <= found["profiles_agree"] <= 1
+
+
+def test_an_analysis_of_an_export(loopfm):
+    for command in ("prepare", "train-fm", "export"):
+        loopfm.succeed(command)
+    line = loopfm.succeed("analyse")
+    assert set(line["taps"]) == {"hidden_0"}
+    found = json.loads((loopfm.workdir / "analysis.json").read_text())["taps"]["hidden_0"]
+    assert found["width"] == 4 and len(found["singular_values"]) == 4
+    assert 0 < found["losses"]["quantised"] < 1
+    assert "effective rank" in (loopfm.workdir / "analysis.md").read_text()
+    assert (loopfm.workdir / "analysis.html").read_text().count("<svg") >= 3
