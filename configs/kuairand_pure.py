@@ -56,7 +56,10 @@ def get_config() -> Config:
             distil=DistilConfig(alpha=1.0, beta=1.0, gamma=1.0),
             train=TrainConfig(order=OrderConfig(order="time", batch=512)),
         ),
-        study=StudyConfig(keys=("key", "video_id", "author_id", "key+author_id", "key,video_id")),
+        study=StudyConfig(
+            taps=("hidden_1", "embedding", "all", "item", "entity"),
+            keys=("key", "video_id", "author_id", "key+author_id", "key,video_id"),
+        ),
         methods=("base", "kd", "loopfm", "kd+loopfm", "kd+loopfm+outcome"),
         workdir=Path("runs/kuairand_pure"),
     )

@@ -125,7 +125,7 @@ def study(flow: Flow) -> dict[str, Any]:
 
 def analyse(flow: Flow) -> dict[str, Any]:
     """what is in the exported codes: spectrum, profiles, pictures"""
-    found = analyse_codes(flow)
+    found = analyse_codes(flow, command=_command())
     say(f"analysis: {(flow.root / 'analysis.html').resolve()}")
     return found
 

@@ -38,7 +38,7 @@ INTRODUCTION = (
 )
 
 
-def analyse(flow: Flow) -> dict[str, Any]:
+def analyse(flow: Flow, *, command: str) -> dict[str, Any]:
     """The analysis of a flow's export, written into its working directory; returns its numbers."""
     facts = stages.verify(flow.exported)["facts"]
     exported = open_export(flow.exported, facts)
@@ -60,7 +60,7 @@ def analyse(flow: Flow) -> dict[str, Any]:
         }
         sections.append(_section(tap, found["taps"][tap], z, soft))
     found["drift"] = facts.get("drift", [])
-    _write(finite(found), sections, flow.root)
+    _write(finite(found), sections, flow.root, command=command)
     return {k: v for k, v in found.items() if k != "taps"} | {
         "taps": {t: {k: v[k] for k in ("effective_rank", "norm")} for t, v in found["taps"].items()}
     }
@@ -182,7 +182,19 @@ def _points(title: str, at: np.ndarray, soft: np.ndarray) -> Plot:
     return Plot(title, caption, render(figure, title))
 
 
-def _write(found: Mapping[str, Any], sections: list[Section], directory: Path) -> None:
+def _drift(days: list[Mapping[str, Any]]) -> str:
+    if not days:
+        return "none: one frozen FM logged all rows"
+    last = days[-1]
+    return (
+        f"after {last['day']} days the mean code is {last['centroid']:.3f} from the first "
+        f"checkpoint's, and the mean cosine of both codes of a row is {last['cosine']:.2f}"
+    )
+
+
+def _write(
+    found: Mapping[str, Any], sections: list[Section], directory: Path, *, command: str
+) -> None:
     parts = [f"# What is in the codes: {text_of(found['dataset'])}", INTRODUCTION]
     for section in sections:
         parts += [f"## {section.title}", pipes(section.grid)]
@@ -198,8 +210,8 @@ def _write(found: Mapping[str, Any], sections: list[Section], directory: Path) -
             subtitle=f"{found['rows']:,} rows of the judged window",
             introduction=INTRODUCTION,
             sections=shown,
-            command=None,
-            facts=[],
+            command=command,
+            facts=[("Drift", _drift(found["drift"]))],
         ),
     }
     for name, text in texts.items():

@@ -9,6 +9,8 @@ class StudyConfig:
 
     tables: tuple[str, ...] = ("transfers",)
     """Names of study/tables.py, also as one comma-separated word."""
+    taps: tuple[str, ...] = ()
+    """Exported besides fm.taps: what the tables `transfers` and `tap` read."""
     vms: tuple[str, ...] = ("deepfm", "dmin")
     """Backbones of the VM in the table `transfers`."""
     lengths: tuple[int, ...] = (5, 10, 25, 50)

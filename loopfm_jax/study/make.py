@@ -1,6 +1,7 @@
 """The whole of `loopfm study`: tables by name -> runs -> numbers -> JSON, page and pictures."""
 
 import time
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from typing import Any
@@ -21,6 +22,8 @@ from loopfm_jax.study.tables import find_tables
 def make(config: Config, *, command: str) -> dict[str, Any]:
     """Runs what is not there yet, writes the study, returns its JSON."""
     started = time.monotonic()
+    taps = tuple(dict.fromkeys((*config.fm.taps, *config.study.taps)))
+    config = replace(config, fm=replace(config.fm, taps=taps))
     tables = find_tables(config.study.tables, config)
     results = run(config, tables)
     summaries = [summarise(table, results) for table in tables]

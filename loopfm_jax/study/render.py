@@ -17,7 +17,7 @@ from loopfm_jax.report_parts import DASH, Grid
 from loopfm_jax.svg import INK, RC, SERIES, draw_legend, new_axes, render, style, variables
 
 INTRODUCTION = (
-    "Every number is the AUC of a vertical model on the judged window, mean over seeds; below it "
+    "Every number is the AUC of a vertical model on the judged window, mean over seeds, with "
     "what it lies above the table's reference, with the standard error of that difference, paired "
     "by seed. The paper's numbers are of other data: compare orders, not values."
 )
