@@ -9,9 +9,7 @@ The result card is in configs/README.md.
 
 Everything below was chosen on 6 May (`--holdout validation`: VMs on 1-5 May), never on
 the test window:
-- The FM is a DeepFM. DMIN as FM diverges at the public learning rate, stays below at a lower one,
-  and transfers half as much. (A guess why: over a week of log behaviours grow from nothing, so what
-  is learned of them does not hold a week later.)
+- The FM is a DeepFM. DMIN as FM transfers less; DIN is the better FM and transfers as much.
 - FM: two shuffled epochs with dropout. One without it scores higher itself and transfers less.
 - VM: batch 512 by the base VM's NE; encoder DMIN as in the paper (the mean does as well).
 - alpha, beta, gamma: 1. A click rate of 45 % leaves no room for label scaling (the paper's alpha is
