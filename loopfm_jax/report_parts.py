@@ -188,6 +188,9 @@ def notes(report: Mapping[str, Any]) -> list[str]:
         lines.append("Judged on the validation window; the test window was not looked at.")
     if report.get("seeds") == 1:
         lines.append("One seed: no standard errors. Small differences may be chance.")
+    costly = [m for m, row in items(report, "methods") if row.get("needs_fm")]
+    if costly:
+        lines.append(f"{', '.join(costly)}: the FM would have to run when the VM serves.")
     undefined: dict[str, list[str]] = {}
     for method, ratio in items(report, "transfer_ratio"):
         if ratio.get("value") is None:

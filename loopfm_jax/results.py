@@ -14,6 +14,7 @@ from loopfm_jax.data.log import load
 from loopfm_jax.flow import Flow, Histories
 from loopfm_jax.metrics import measure
 from loopfm_jax.stages import Report
+from loopfm_jax.vm.methods import find_method
 
 CONTROL_METHOD = "loopfm"
 
@@ -29,7 +30,7 @@ def collect(flow: Flow, *, command: str = "") -> Report:
     predictions = {row: _predictions(own, method) for row, (own, method) in found.items()}
     table = evaluate.compare(predictions, label=label, key=key)
     for method, row in table.items():
-        row |= _training(manifests[method])
+        row |= _training(manifests[method]) | {"needs_fm": find_method(found[method][1]).needs_fm}
     exported = slice(judged.start - splits["vm"].start, judged.stop - splits["vm"].start)
     soft = np.load(flow.exported / "soft.npy", allow_pickle=False)[exported]
     shown = flow.history / config.history.keys[0] / "length.npy"

@@ -82,10 +82,11 @@ def test_changed_sets_dotted_options_and_knows_no_others():
 # ---------------------------------------------------------------------------------- numbers
 
 
-def result(*aucs: float) -> Result:
+def result(*aucs: float, fm_loss: float = 1.0) -> Result:
     seeds = [Metrics(auc, 0.6, 0.5, 0.9, 1.0) for auc in aucs]
-    facts = {"bytes_per_row": 16, "losses": {}, "drift": []}
-    return Result(seeds, np.zeros(3), Metrics(0.7, 0.6, 0.5, 0.9, 1.0), facts)
+    loss = np.array([0.5, 0.6, 0.7]) - np.mean(aucs) / 10
+    facts = {"bytes_per_row": 16, "losses": {}, "drift": [], "needs_fm": False}
+    return Result(seeds, loss, Metrics(0.7, 0.6, 0.5, 0.9, 1.0), np.full(3, fm_loss), facts)
 
 
 def test_differences_are_paired_by_seed_and_tested():
@@ -117,6 +118,16 @@ def test_a_curve_is_tested_against_base_of_its_own_row():
     found = summarise(Table("length", "title", cells, curve=True), results)
     deltas = [cell.get("delta_auc") for cell in found["cells"]]
     assert deltas == [None, pytest.approx(0.01), None, pytest.approx(0.03)]
+
+
+def test_transfer_ratio_is_the_share_that_arrived_of_a_gain_that_is_there():
+    cells = (Cell("base", "", "base", {}), Cell("kd", "", "kd", {}))
+    table = Table("seeds", "title", cells)
+    for fm_loss, expected in ((0.0, 0.01 / (0.6 - 0.07)), (0.55, None), (2.0, None)):
+        base, kd = result(0.7, fm_loss=fm_loss), result(0.8, fm_loss=fm_loss)
+        found = summarise(table, {("seeds", ("base", "")): base, ("seeds", ("kd", "")): kd})
+        ratios = [cell["transfer_ratio"] for cell in found["cells"]]
+        assert ratios == [None, expected if expected is None else pytest.approx(expected)]
 
 
 def test_decomposition_is_exact_and_has_the_errors_of_its_rows():

@@ -25,7 +25,7 @@ from loopfm_jax.plots import Plot
 from loopfm_jax.progress import say
 from loopfm_jax.report import finite, pipes, replace_file, text_of
 from loopfm_jax.report_parts import Grid
-from loopfm_jax.study.render import Section
+from loopfm_jax.study.render import Section, drift_text
 from loopfm_jax.svg import RC, SERIES, new_axes, render, style
 
 SAMPLE = 20_000
@@ -182,19 +182,10 @@ def _points(title: str, at: np.ndarray, soft: np.ndarray) -> Plot:
     return Plot(title, caption, render(figure, title))
 
 
-def _drift(days: list[Mapping[str, Any]]) -> str:
-    if not days:
-        return "none: one frozen FM logged all rows"
-    last = days[-1]
-    return (
-        f"after {last['day']} days the mean code is {last['centroid']:.3f} from the first "
-        f"checkpoint's, and the mean cosine of both codes of a row is {last['cosine']:.2f}"
-    )
-
-
 def _write(
     found: Mapping[str, Any], sections: list[Section], directory: Path, *, command: str
 ) -> None:
+    days = found["drift"]
     parts = [f"# What is in the codes: {text_of(found['dataset'])}", INTRODUCTION]
     for section in sections:
         parts += [f"## {section.title}", pipes(section.grid)]
@@ -211,7 +202,7 @@ def _write(
             introduction=INTRODUCTION,
             sections=shown,
             command=command,
-            facts=[("Drift", _drift(found["drift"]))],
+            facts=[("Drift", drift_text(days) if days else "none: one frozen FM logged all rows")],
         ),
     }
     for name, text in texts.items():

@@ -19,7 +19,9 @@ from loopfm_jax.svg import INK, RC, SERIES, draw_legend, new_axes, render, style
 INTRODUCTION = (
     "Every number is the AUC of a vertical model on the judged window, mean over seeds, with "
     "what it lies above the table's reference, with the standard error of that difference, paired "
-    "by seed. The paper's numbers are of other data: compare orders, not values."
+    "by seed. TR is the share of the FM's gain over base, in LogLoss, that arrived (a dash where "
+    "the FM is not clearly better than base). The paper's numbers are of other data: "
+    "compare orders, not values."
 )
 Table = Mapping[str, Any]
 
@@ -86,7 +88,8 @@ def _section(table: Table) -> Section:
     if table["name"] == "decomposition":
         grid, notes = _decomposition_grid(table), []
     else:
-        grid, notes = _grid(table), [note for note in (_order(table),) if note]
+        notes = [note for note in (_order(table), *_drifts(table), _needs_fm(table)) if note]
+        grid = _grid(table)
     with matplotlib.rc_context(RC):
         figures = [_curves(table) if table["curve"] else _bars(table)]
     return Section(table["title"], grid, notes, [plot for plot in figures if plot])
@@ -99,11 +102,15 @@ def _grid(table: Table) -> Grid:
     """Rows by columns: AUC, what it is above the reference, and the paper's AUC; a table of one
     column also says what its cells cost."""
     columns, cells = table["columns"], _cells(table)
-    paper = {c for c in columns if any(cells[k]["paper_auc"] for k in cells if k[1] == c)}
+    paper, ratio = (
+        {c for c in columns if any(cells[k][fact] for k in cells if k[1] == c)}
+        for fact in ("paper_auc", "transfer_ratio")
+    )
     head, rows = ["" if len(columns) > 1 else "row"], []
     for column in columns:
         prefix = f"{column} " if column else ""
         head += [f"{prefix}AUC", f"{prefix}± SE"]
+        head += ["TR"] if column in ratio else []
         head += ["paper"] if column in paper else []
     extra = _extras(table) if len(columns) == 1 else {}
     for row in table["rows"]:
@@ -111,6 +118,7 @@ def _grid(table: Table) -> Grid:
         for column in columns:
             cell = cells.get((row, column))
             line += [_decimals(cell["auc"] if cell else None), _delta(cell)]
+            line += [_ratio(cell)] if column in ratio else []
             line += [_decimals(cell["paper_auc"] if cell else None)] if column in paper else []
         rows.append(line + [extra[name][row] for name in extra])
     return Grid(head + list(extra), rows)
@@ -165,12 +173,36 @@ def _order(table: Table) -> str:
     return " ".join(lines)
 
 
+def _drifts(table: Table) -> list[str]:
+    found = {cell["changes"].get("export.refresh"): cell["drift"] for cell in table["cells"]}
+    return [f"{kind}: {drift_text(days)}." for kind, days in found.items() if days]
+
+
+def drift_text(days: list[Mapping[str, Any]]) -> str:
+    """How far codes went by the last checkpoint of an FM that goes on learning."""
+    last = days[-1]
+    return (
+        f"after {last['day']} checkpoints the mean code is {last['centroid']:.3f} from the first "
+        f"one's, and the mean cosine of both codes of a row is {last['cosine']:.2f}"
+    )
+
+
+def _needs_fm(table: Table) -> str:
+    rows = dict.fromkeys(c["row"] for c in table["cells"] if c["needs_fm"])
+    return f"{', '.join(rows)}: the FM would have to run when the VM serves." if rows else ""
+
+
 def _cells(table: Table) -> dict[tuple[str, str], Mapping[str, Any]]:
     return {(cell["row"], cell["column"]): cell for cell in table["cells"]}
 
 
 def _decimals(value: float | None) -> str:
     return DASH if value is None else f"{value:.4f}"
+
+
+def _ratio(cell: Mapping[str, Any] | None) -> str:
+    value = cell["transfer_ratio"] if cell else None
+    return DASH if value is None else f"{value:.2f}"
 
 
 def _delta(cell: Mapping[str, Any] | None) -> str:

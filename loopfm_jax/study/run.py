@@ -20,6 +20,7 @@ from loopfm_jax.flow import Flow
 from loopfm_jax.metrics import Metrics, measure, row_loss
 from loopfm_jax.progress import say
 from loopfm_jax.study.cells import Table, changed
+from loopfm_jax.vm.methods import find_method
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Result:
     loss: np.ndarray
     """Negative log likelihood of every judged row, mean over seeds, nats."""
     fm: Metrics
+    fm_loss: np.ndarray
+    """The same of the FM's soft labels."""
     facts: dict[str, Any]
     """bytes_per_row, params, needs_fm, examples_per_s, drift, losses of the codes."""
 
@@ -76,6 +79,7 @@ def _run(flow: Flow, method: str) -> Result:
         seeds=[_measure(log, rows, p) for p in predictions],
         loss=np.mean([row_loss(label, p) for p in predictions], axis=0),
         fm=_measure(log, rows, judged),
+        fm_loss=row_loss(label, judged),
         facts={
             "params": manifests[0]["facts"]["params"],
             "examples_per_s": float(
@@ -84,7 +88,8 @@ def _run(flow: Flow, method: str) -> Result:
             "bytes_per_row": stages.verify(flow.history)["facts"]["bytes_per_row"],
             "losses": exported["losses"],
             "drift": exported.get("drift", []),
-            "method": method,
+            "chosen": method,
+            "needs_fm": find_method(method).needs_fm,
         },
     )
 

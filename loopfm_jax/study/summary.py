@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import ttest_rel
 
+from loopfm_jax.evaluate import CLEAR
 from loopfm_jax.metrics import Metrics
 from loopfm_jax.study.cells import Cell, Table
 from loopfm_jax.study.paper import PAPER
@@ -26,6 +27,7 @@ def summarise(table: Table, results: Results) -> dict[str, Any]:
                 "changes": {name: str(value) for name, value in cell.changes.items()},
                 **_numbers(result),
                 **({} if reference is None or reference is result else _paired(result, reference)),
+                "transfer_ratio": _transfer_ratio(result, cells.get(_base(table, cell))),
                 "paper_auc": PAPER.get(table.name, {}).get(cell.place),
             }
         )
@@ -47,6 +49,21 @@ def _reference_name(table: Table) -> str:
 def _reference(table: Table, cell: Cell) -> tuple[str, str]:
     name = _reference_name(table)
     return (cell.row, name) if table.curve else (name, cell.column)
+
+
+def _base(table: Table, cell: Cell) -> tuple[str, str]:
+    return (cell.row, "base") if table.curve else ("base", cell.column)
+
+
+def _transfer_ratio(result: Result, base: Result | None) -> float | None:
+    """TR on first launch; None where the FM is not clearly better than the base VM (two standard
+    errors of the difference of row losses), as in `evaluate.transfer_ratios`."""
+    if base is None or base is result:
+        return None
+    gain = base.loss - result.fm_loss
+    if not gain.mean() > CLEAR * gain.std(ddof=1) / np.sqrt(len(gain)):
+        return None
+    return float((base.loss - result.loss).mean() / gain.mean())
 
 
 def _numbers(result: Result) -> dict[str, Any]:

@@ -20,6 +20,7 @@ TRANSFERS = (
 )
 OUTCOMES = ("base", "loopfm", "loopfm+outcome", "raw", "raw+outcome", "raw+loopfm+outcome")
 WIDTHS = (8, 16, 32, 64)
+GAPS = (0.0, 0.4, 0.8, 0.95)
 CAPACITIES = {
     "2, 32-16-8": (2, (32, 16, 8)),
     "4, 64-32-16": (4, (64, 32, 16)),
@@ -123,6 +124,16 @@ def capacity(config: Config) -> Table:
     return Table("capacity", "Size of the FM (paper: table 10)", tuple(cells), curve=True)
 
 
+def gap(config: Config) -> Table:
+    """What the FM sees and the VM does not, from nothing to nearly all (a simulated log)."""
+    if not hasattr(config.data, "gap"):
+        raise UserError("the table gap needs a simulated log: configs/synthetic.py")
+    cells = [
+        Cell(f"{value:g}", method, method, {"data.gap": value}) for value in GAPS for method in FOUR
+    ]
+    return Table("gap", "Feature gap between FM and VM", tuple(cells), curve=True)
+
+
 def key(config: Config) -> Table:
     """What histories are grouped by."""
     kinds = [tuple(kind.split(",")) for kind in config.study.keys]
@@ -174,7 +185,7 @@ TABLES: dict[str, Callable[[Config], Table]] = {
     function.__name__: function
     for function in (
         *(transfers, pooling, raw, tap, checkpoint, length, dim, growth, code, capacity, key),
-        *(keep, outcome, stale, seeds, decomposition),
+        *(keep, outcome, stale, gap, seeds, decomposition),
     )
 }
 
