@@ -1,25 +1,30 @@
 """One contract for all history encoders, and plain-numpy oracles of each."""
 
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from encoder_oracles import BY_HAND, CONFIG, W, draw, score_by_hand
 from flax import nnx
 from noise import named, noisy
 
 from loopfm_jax.errors import UserError
 from loopfm_jax.history import packing
-from loopfm_jax.history.encoders import ENCODERS, Dmin, EncoderConfig, Score
+from loopfm_jax.history.encoders import ENCODERS, TIMED, EncoderConfig, Score, self_attend
 
-B, L, T, N, X, Q, W = 5, 4, 23, 14, 6, 3, 8
-CONFIG = EncoderConfig(width=W, heads=2, score_hidden=(7, 5))
+B, L, T, N, X, Q = 5, 4, 23, 14, 6, 3
 LENGTH = np.array([3, 0, 4, 1, 2], np.int32)
 END = np.array([3, 9, 8, 10, 13], np.int32)
 """Rows 0-2, none, 4-7, 9 and 11-12: no two examples share a row, some rows are nobody's."""
-ORDERED = {"dmin"}
+AGE = np.float32([900, 30, 2, 0, 8e6, 9e4, 9e4, 400, 0, 55, 0, 3600, 7, 0])
+"""Seconds since every row; no younger than the next one of its example."""
+ORDERED = {"dien", "dmin", "transformer"}
 """Encoders to which the order of entries matters."""
+ASKING = {"din", "dien", "dmin", "transformer"}
+"""Encoders that look at the query."""
 
 LAYOUTS = {
     "pack": partial(packing.pack, slots=T, longest=L),
@@ -35,25 +40,23 @@ def encoder(name: str):
     return noisy(lambda rngs: ENCODERS[name](X, Q, CONFIG, rngs=rngs))
 
 
-def draw(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng((seed, *shape)).normal(size=shape).astype(np.float32)
-
-
 @cache
 def compiled(name: str, layout: str):
     """Summaries and every slope of them; one forward and one backward pass, to compile fast."""
     graphdef, params = nnx.split(encoder(name))
     direction_O = draw(nnx.merge(graphdef, params).outputs)
 
-    def summarise(params, store_NX, unreal_TX, query_BQ, end_B, length_B):
+    def summarise(params, store_NX, unreal_TX, query_BQ, end_B, length_B, age_N):
         tokens = LAYOUTS[layout](end_B, length_B)
+        age_T = jnp.where(tokens.real_T, age_N[tokens.row_T], jnp.abs(unreal_TX[:, 0]))
+        tokens = replace(tokens, age_T=jax.lax.stop_gradient(age_T))
         value_TX = jnp.where(tokens.real_T[:, None], store_NX[tokens.row_T], unreal_TX)
         return nnx.merge(graphdef, params)(value_TX, query_BQ, tokens)
 
     @jax.jit
-    def run(store_NX, unreal_TX, query_BQ, end_B, length_B):
+    def run(store_NX, unreal_TX, query_BQ, end_B, length_B, age_N):
         summary_BO, backward = jax.vjp(
-            lambda *x: summarise(*x, end_B, length_B), params, store_NX, unreal_TX, query_BQ
+            lambda *x: summarise(*x, end_B, length_B, age_N), params, store_NX, unreal_TX, query_BQ
         )
         one_by_one = jnp.eye(B)[:, :, None] * direction_O[None, None]
         seeds = jnp.concatenate([one_by_one, 2 * summary_BO[None]])
@@ -64,13 +67,13 @@ def compiled(name: str, layout: str):
     return run
 
 
-def run(name, layout, *, store=None, unreal=0.0, query=None, end=END, length=LENGTH):
+def run(name, layout, *, store=None, unreal=0.0, query=None, end=END, length=LENGTH, age=AGE):
     """(summaries [B,O], their slopes by (store [B,N,X], unreal slots [B,T,X], query [B,B,Q]),
     gradient by parameters)."""
     store = draw(N, X) if store is None else store
     query = draw(B, Q) if query is None else query
     unreal = np.broadcast_to(np.float32(unreal), (SLOTS[layout], X))
-    results = compiled(name, layout)(store, unreal, query, end, length)
+    results = compiled(name, layout)(store, unreal, query, end, length, age)
     return jax.tree.map(np.asarray, results)
 
 
@@ -122,8 +125,8 @@ def test_an_example_depends_on_its_own_entries_and_query_alone(name, layout):
     for b in range(B):
         expected_BN[b, rows_of(b)] = True
     np.testing.assert_array_equal(depends_BN, expected_BN)
-    asks = name in ("din", "dmin")  # a single entry has weight 1 whatever is asked
-    np.testing.assert_array_equal((by_query != 0).any(axis=2), np.diag(asks & (LENGTH > 1)))
+    asks_B = (name in ASKING) & (LENGTH > 1)  # a single entry has weight 1 whatever is asked
+    np.testing.assert_array_equal((by_query != 0).any(axis=2), np.diag(asks_B))
 
 
 @every_layout
@@ -174,65 +177,18 @@ def test_order_of_entries_matters_only_where_it_should(name, layout):
     np.testing.assert_array_equal(differs, (name in ORDERED) & (LENGTH > 1))
 
 
+@every_layout
+@every_encoder
+def test_age_matters_only_to_who_looks_at_time(name, layout):
+    """And there by ratios: 1 + age twice as much for all entries changes nothing."""
+    before = run(name, layout)[0]
+    changed = np.abs(run(name, layout, age=AGE**1.2)[0] - before).max(axis=1) > 1e-4
+    apart = np.array([len(set(AGE[rows_of(b)])) > 1 for b in range(B)])
+    np.testing.assert_array_equal(changed, (name in TIMED) & apart)
+    close(run(name, layout, age=2 * (1 + AGE) - 1)[0], before, 1e-4)
+
+
 # ------------------------------------------------------------------------------- oracles
-
-
-def dense(p: dict, name: str, x: np.ndarray) -> np.ndarray:
-    return x @ p[f"{name}/kernel"] + p.get(f"{name}/bias", 0)
-
-
-def softmax(scores: np.ndarray) -> np.ndarray:
-    e = np.exp(scores - scores.max())
-    return e / e.sum()
-
-
-def score_by_hand(p: dict, name: str, target_W: np.ndarray, token_LW: np.ndarray) -> np.ndarray:
-    """The concatenated form: MLP([t, h, t-h, t*h]), its kernel rebuilt from the three blocks."""
-    target_LW = np.broadcast_to(target_W, token_LW.shape)
-    c_WK = draw(W, CONFIG.score_hidden[0], seed=3)  # any: it cancels
-    blocks = [
-        p[f"{name}/target/kernel"] - c_WK,
-        p[f"{name}/token/kernel"] + c_WK,
-        c_WK,
-        p[f"{name}/product/kernel"],
-    ]
-    parts = [target_LW, token_LW, target_LW - token_LW, target_LW * token_LW]
-    x = np.concatenate(parts, axis=1) @ np.concatenate(blocks) + p[f"{name}/target/bias"]
-    for i in range(len(CONFIG.score_hidden)):
-        x = dense(p, f"{name}/rest/{i}", np.maximum(x, 0))
-    return x[:, 0]
-
-
-def din_by_hand(p: dict, token_LX: np.ndarray, query_Q: np.ndarray) -> np.ndarray:
-    token_LW = dense(p, "project", token_LX)
-    return softmax(score_by_hand(p, "score", dense(p, "query", query_Q), token_LW)) @ token_LW
-
-
-def dmin_by_hand(p: dict, token_LX: np.ndarray, query_Q: np.ndarray) -> np.ndarray:
-    token_LW, target_W = dense(p, "project", token_LX), dense(p, "query", query_Q)
-    length, size = len(token_LW), W // CONFIG.heads
-    q, k, v = np.split(token_LW @ p["attend/kernel"], 3, axis=1)
-    interests = []
-    for h in range(CONFIG.heads):
-        part, mixed = slice(h * size, (h + 1) * size), np.zeros((length, size))
-        for i in range(length):  # newest first: i and everything after it is as old or older
-            seen = slice(i, length)
-            weight = softmax(k[seen, part] @ q[i, part] / np.sqrt(size))
-            mixed[i] = weight @ v[seen, part]
-        x = token_LW + dense(p, f"mix/{h}", mixed)
-        x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-6)
-        x = x * p[f"norm/{h}/scale"] + p[f"norm/{h}/bias"]
-        x = x + dense(p, f"shrink/{h}", np.maximum(dense(p, f"grow/{h}", x), 0))
-        interests.append(softmax(score_by_hand(p, f"score/{h}", target_W, x)) @ x)
-    return np.concatenate(interests)
-
-
-BY_HAND = {
-    "mean": lambda p, token_LX, _: dense(p, "project", token_LX.mean(axis=0)),
-    "sum": lambda p, token_LX, _: dense(p, "project", token_LX.sum(axis=0)),
-    "din": din_by_hand,
-    "dmin": dmin_by_hand,
-}
 
 
 @every_layout
@@ -241,19 +197,20 @@ def test_equals_plain_numpy(name, layout):
     p, store, query = named(encoder(name)), draw(N, X), draw(B, Q)
     summary = run(name, layout)[0]
     for b in np.flatnonzero(LENGTH):
-        close(summary[b], BY_HAND[name](p, store[rows_of(b)].astype(np.float64), query[b]))
+        token_LX, age_L = store[rows_of(b)].astype(np.float64), AGE[rows_of(b)].astype(np.float64)
+        close(summary[b], BY_HAND[name](p, token_LX, query[b], age_L))
 
 
 @every_layout
 def test_self_attention_sees_entries_as_old_or_older(layout):
-    graphdef, params = nnx.split(encoder("dmin"))
     tokens = jax.jit(LAYOUTS[layout])(END, LENGTH)
+    heads, slots = CONFIG.heads, SLOTS[layout]
 
-    def mixed(token_TW):
-        model: Dmin = nnx.merge(graphdef, params)
-        return model._self_attention(token_TW, tokens).sum((1, 2))
+    def mixed(qkv_THD):
+        return self_attend(qkv_THD, tokens).sum((1, 2))
 
-    sees_TT = (np.asarray(jax.jit(jax.jacrev(mixed))(draw(SLOTS[layout], W))) != 0).any(axis=2)
+    slopes = jax.jit(jax.jacrev(mixed))(draw(slots, 3 * heads, W // heads))
+    sees_TT = (np.asarray(slopes) != 0).any(axis=(2, 3))
     segment, rank, real = (np.asarray(x) for x in (tokens.segment_T, tokens.rank_T, tokens.real_T))
     older_TT = (segment[:, None] == segment) & (rank[None] >= rank[:, None]) & real
     np.testing.assert_array_equal(sees_TT[real], older_TT[real])
@@ -276,6 +233,12 @@ def test_split_first_layer_is_the_concatenated_form():
         ({"width": 0}, "encoder.width is 0"),
         ({"heads": 0}, "encoder.heads is 0"),
         ({"width": 32, "heads": 3}, "encoder.width 32 does not divide into encoder.heads 3"),
+        ({"layers": 0}, "encoder.layers is 0"),
+        ({"name": "transformer", "heads": 3}, "width 32 does not divide into encoder.heads 3"),
+        (
+            {"name": "transformer", "width": 6},
+            r"heads = 3 numbers, but rotary positions turn pairs",
+        ),
         ({"score_hidden": ()}, "encoder.score_hidden is empty"),
     ],
 )

@@ -2,7 +2,8 @@
 
 Each is written once over `Tokens` and gives the same numbers padded and packed. An example without
 history gets zeros. The query of the attention encoders is open in the paper: here a projection of
-the candidate item's embeddings.
+the candidate item's embeddings. DIEN's recurrence and a small transformer stand beside the paper's
+four.
 """
 
 from dataclasses import dataclass
@@ -15,9 +16,12 @@ from flax import nnx
 from loopfm_jax.errors import UserError, check_limits
 from loopfm_jax.history.packing import Tokens
 
-EncoderName = Literal["mean", "sum", "din", "dmin"]
+EncoderName = Literal["mean", "sum", "din", "dien", "dmin", "transformer"]
 TIMED = ("transformer",)
 """Encoders that look at the age of entries."""
+FASTEST, SLOWEST = 4.0, 1 / 16
+"""Rotary frequencies, radians per e-fold of age: the fastest turns by 2.8 rad when an age doubles,
+the slowest by 1 rad from a second to a year."""
 
 
 @dataclass(frozen=True)
@@ -28,20 +32,27 @@ class EncoderConfig:
     width: int = 32
     """W: width of tokens inside the encoder (the paper: 32)."""
     heads: int = 2
-    """Interests of the DMIN encoder (the paper: 4)."""
+    """Interests of the DMIN encoder (the paper: 4), attention heads of the transformer."""
+    layers: int = 2
+    """Blocks of the transformer."""
     score_hidden: tuple[int, ...] = (64, 32)
     """Hidden layers of the attention score."""
     fields: int = 2
     """K: how many fields of the embedding width a summary becomes."""
 
     def __post_init__(self) -> None:
-        check_limits(
-            "encoder", {"width": self.width, "heads": self.heads, "fields": self.fields}, low=1
-        )
-        if self.name == "dmin" and self.width % self.heads:
+        sizes = ("width", "heads", "layers", "fields")
+        check_limits("encoder", {name: getattr(self, name) for name in sizes}, low=1)
+        if self.name in ("dmin", "transformer") and self.width % self.heads:
             raise UserError(
                 f"encoder.width {self.width} does not divide into encoder.heads {self.heads}: make "
                 "the width a multiple of the heads"
+            )
+        if self.name == "transformer" and self.width // self.heads % 2:
+            raise UserError(
+                f"a head of the transformer has encoder.width / encoder.heads = "
+                f"{self.width // self.heads} numbers, but rotary positions turn pairs: make the "
+                "width a multiple of twice the heads"
             )
         if not self.score_hidden:
             raise UserError("encoder.score_hidden is empty; give at least one width, e.g. 64 32")
@@ -114,6 +125,60 @@ class Din(nnx.Module):
         return tokens.sum(weight_T[:, None] * token_TW)
 
 
+class Gru(nnx.Module):
+    """`h' = h + u * (n - h)` from zeros, oldest entry to newest; gates in the order u, r, n.
+
+    A recurrence gains nothing from packing: it runs over the padded histories, its input products
+    over the tokens.
+    """
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.input = linear(width, 3 * width, rngs=rngs)
+        self.state = linear(width, 3 * width, rngs=rngs)
+
+    def __call__(
+        self, token_TW: jax.Array, factor_T: jax.Array, tokens: Tokens
+    ) -> tuple[jax.Array, jax.Array]:
+        """The state after every entry [B,L,W], and after the newest [B,W]; zeros without entries.
+
+        factor_T: of the update gate; 0 at unreal slots, so that these keep the state.
+        """
+        input_TX = jnp.concatenate([self.input(token_TW), factor_T[:, None]], axis=1)
+        input_LBX = jnp.moveaxis(tokens.pad(input_TX), 1, 0)
+
+        def step(h_BW: jax.Array, input_BX: jax.Array) -> tuple[jax.Array, jax.Array]:
+            xu, xr, xn, factor_B1 = jnp.split(input_BX, [width, 2 * width, 3 * width], axis=1)
+            hu, hr, hn = jnp.split(self.state(h_BW), 3, axis=1)
+            new_BW = jnp.tanh(xn + jax.nn.sigmoid(xr + hr) * hn)
+            h_BW = h_BW + jax.nn.sigmoid(xu + hu) * factor_B1 * (new_BW - h_BW)
+            return h_BW, h_BW
+
+        width = token_TW.shape[1]
+        start_BW = jnp.zeros((tokens.examples, width), token_TW.dtype)
+        last_BW, states_LBW = jax.lax.scan(step, start_BW, input_LBX, reverse=True)
+        return jnp.moveaxis(states_LBW, 0, 1), last_BW
+
+
+class Dien(nnx.Module):
+    """DIEN (PAPER section 5): a GRU over the entries gives interests; their softmax scores for the
+    candidate scale the update gate of a second one (AUGRU), whose last state is the summary."""
+
+    def __init__(self, inputs: int, query: int, config: EncoderConfig, *, rngs: nnx.Rngs):
+        self.outputs = config.width
+        self.project = linear(inputs, config.width, rngs=rngs)
+        self.query = linear(query, config.width, rngs=rngs)
+        self.extraction = Gru(config.width, rngs=rngs)
+        self.score = Score(config.width, config.score_hidden, rngs=rngs)
+        self.evolution = Gru(config.width, rngs=rngs)
+
+    def __call__(self, value_TX: jax.Array, query_BQ: jax.Array, tokens: Tokens) -> jax.Array:
+        real_T = tokens.real_T.astype(value_TX.dtype)
+        interest_BLW, _ = self.extraction(self.project(value_TX), real_T, tokens)
+        interest_TW = tokens.unpad(interest_BLW)
+        weight_T = tokens.softmax(self.score(self.query(query_BQ), interest_TW, tokens))
+        return self.evolution(interest_TW, weight_T, tokens)[1]
+
+
 class Dmin(nnx.Module):
     """DMIN's multi-interest extractor and per-interest target attention (PAPER section 5).
 
@@ -139,7 +204,8 @@ class Dmin(nnx.Module):
     def __call__(self, value_TX: jax.Array, query_BQ: jax.Array, tokens: Tokens) -> jax.Array:
         token_TW = self.project(value_TX)
         target_BW = self.query(query_BQ)
-        mixed_THD = self._self_attention(token_TW, tokens)
+        qkv_THD = self.attend(token_TW).reshape(len(token_TW), 3 * self.heads, -1)
+        mixed_THD = self_attend(qkv_THD, tokens)
         interests = []
         for i in range(self.heads):
             x_TW = self.norm[i](token_TW + self.mix[i](mixed_THD[:, i]))
@@ -148,17 +214,85 @@ class Dmin(nnx.Module):
             interests.append(tokens.sum(weight_T[:, None] * x_TW))
         return jnp.concatenate(interests, axis=1)
 
-    def _self_attention(self, token_TW: jax.Array, tokens: Tokens) -> jax.Array:
-        """[T,W] -> [T,H,W/H]; rank 0 is the newest, so "older" is a higher rank."""
-        qkv_BLHD = tokens.pad(self.attend(token_TW).reshape(len(token_TW), 3 * self.heads, -1))
-        q, k, v = jnp.split(qkv_BLHD, 3, axis=2)
-        rank_L = jnp.arange(tokens.length)
-        real_BL = rank_L[None] < tokens.count()[:, None]
-        older_LL = rank_L[None, :] >= rank_L[:, None]
-        itself_LL = rank_L[None, :] == rank_L[:, None]
-        mask_BLL = (older_LL[None] & real_BL[:, None, :]) | itself_LL[None]
-        mixed = jax.nn.dot_product_attention(q, k, v, mask=mask_BLL[:, None])
-        return tokens.unpad(mixed)
+
+class Block(nnx.Module):
+    """Pre-norm transformer block: x + attention(norm x), then x + feed-forward(norm x)."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+        self.heads = heads
+        self.norm_attend = nnx.LayerNorm(width, rngs=rngs)
+        self.attend = linear(width, 3 * width, rngs=rngs, bias=False)
+        self.mix = linear(width, width, rngs=rngs, bias=False)
+        self.norm_grow = nnx.LayerNorm(width, rngs=rngs)
+        self.grow = linear(width, 2 * width, rngs=rngs)
+        self.shrink = linear(2 * width, width, rngs=rngs)
+
+    def __call__(self, x_TW: jax.Array, angle_TD: jax.Array, tokens: Tokens) -> jax.Array:
+        qkv_TX = self.attend(self.norm_attend(x_TW))
+        qk_THD, v_THD = jnp.split(
+            qkv_TX.reshape(len(x_TW), 3 * self.heads, -1), [2 * self.heads], axis=1
+        )
+        qkv_THD = jnp.concatenate([rotate(qk_THD, angle_TD), v_THD], axis=1)
+        x_TW = x_TW + self.mix(self_attend(qkv_THD, tokens).reshape(x_TW.shape))
+        return x_TW + self.shrink(nnx.relu(self.grow(self.norm_grow(x_TW))))
 
 
-ENCODERS = {"mean": Mean, "sum": Sum, "din": Din, "dmin": Dmin}
+class Transformer(nnx.Module):
+    """Causal self-attention whose positions are time gaps, then DIN's target attention.
+
+    Queries and keys are turned by log(1 + age) (rotary, as Kunlun, arXiv 2602.10016): a score sees
+    by which factor one entry is older than another, seconds apart today as well as days apart last
+    month. Which frequencies is open: rising by equal factors.
+    """
+
+    def __init__(self, inputs: int, query: int, config: EncoderConfig, *, rngs: nnx.Rngs):
+        width = self.outputs = config.width
+        self.pairs = width // config.heads // 2
+        self.project = linear(inputs, width, rngs=rngs)
+        self.query = linear(query, width, rngs=rngs)
+        self.blocks = nnx.List(Block(width, config.heads, rngs=rngs) for _ in range(config.layers))
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.score = Score(width, config.score_hidden, rngs=rngs)
+
+    def __call__(self, value_TX: jax.Array, query_BQ: jax.Array, tokens: Tokens) -> jax.Array:
+        assert tokens.age_T is not None
+        frequency_D = jnp.geomspace(FASTEST, SLOWEST, self.pairs)
+        angle_TD = jnp.log1p(tokens.age_T)[:, None] * frequency_D[None]
+        x_TW = self.project(value_TX)
+        for block in self.blocks:
+            x_TW = block(x_TW, angle_TD, tokens)
+        x_TW = self.norm(x_TW)
+        weight_T = tokens.softmax(self.score(self.query(query_BQ), x_TW, tokens))
+        return tokens.sum(weight_T[:, None] * x_TW)
+
+
+def rotate(x_THD: jax.Array, angle_TD: jax.Array) -> jax.Array:
+    """Turns the pair of numbers i and i + D/2 of every head by angle i."""
+    cos, sin = jnp.cos(angle_TD)[:, None], jnp.sin(angle_TD)[:, None]
+    a, b = jnp.split(x_THD, 2, axis=2)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=2)
+
+
+def self_attend(qkv_THD: jax.Array, tokens: Tokens) -> jax.Array:
+    """Causal self-attention: an entry sees itself and older ones of its example.
+
+    Queries, keys and values one after the other, [T,3H,D] -> [T,H,D]. Rank 0 is the newest, so
+    "older" is a higher rank.
+    """
+    q, k, v = jnp.split(tokens.pad(qkv_THD), 3, axis=2)
+    rank_L = jnp.arange(tokens.length)
+    real_BL = rank_L[None] < tokens.count()[:, None]
+    older_LL = rank_L[None, :] >= rank_L[:, None]
+    itself_LL = rank_L[None, :] == rank_L[:, None]
+    mask_BLL = (older_LL[None] & real_BL[:, None, :]) | itself_LL[None]
+    return tokens.unpad(jax.nn.dot_product_attention(q, k, v, mask=mask_BLL[:, None]))
+
+
+ENCODERS = {
+    "mean": Mean,
+    "sum": Sum,
+    "din": Din,
+    "dien": Dien,
+    "dmin": Dmin,
+    "transformer": Transformer,
+}
