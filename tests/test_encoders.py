@@ -13,7 +13,8 @@ from noise import named, noisy
 
 from loopfm_jax.errors import UserError
 from loopfm_jax.history import packing
-from loopfm_jax.history.encoders import ENCODERS, TIMED, EncoderConfig, Score, self_attend
+from loopfm_jax.history.attention import Score, self_attend
+from loopfm_jax.history.encoders import ENCODERS, TIMED, EncoderConfig
 
 B, L, T, N, X, Q = 5, 4, 23, 14, 6, 3
 LENGTH = np.array([3, 0, 4, 1, 2], np.int32)

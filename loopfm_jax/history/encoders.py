@@ -14,14 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from loopfm_jax.errors import UserError, check_limits
+from loopfm_jax.history.attention import Score, linear, rotate, self_attend, time_angles
 from loopfm_jax.history.packing import Tokens
 
 EncoderName = Literal["mean", "sum", "din", "dien", "dmin", "transformer"]
 TIMED = ("transformer",)
 """Encoders that look at the age of entries."""
-FASTEST, SLOWEST = 4.0, 1 / 16
-"""Rotary frequencies, radians per e-fold of age: the fastest turns by 2.8 rad when an age doubles,
-the slowest by 1 rad from a second to a year."""
 
 
 @dataclass(frozen=True)
@@ -56,35 +54,6 @@ class EncoderConfig:
             )
         if not self.score_hidden:
             raise UserError("encoder.score_hidden is empty; give at least one width, e.g. 64 32")
-
-
-def linear(inputs: int, outputs: int, *, rngs: nnx.Rngs, bias: bool = True) -> nnx.Linear:
-    kernel = nnx.initializers.xavier_normal()
-    return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=kernel, rngs=rngs)
-
-
-class Score(nnx.Module):
-    """DIN's score MLP([t, h, t-h, t*h]) per token, its first layer split by blocks.
-
-    `[t, h, t-h, t*h] W = t (Wa + Wc) + h (Wb - Wc) + (t*h) Wd`: the target's part is computed once
-    per example instead of once per token.
-    """
-
-    def __init__(self, width: int, hidden: tuple[int, ...], *, rngs: nnx.Rngs):
-        self.target = linear(width, hidden[0], rngs=rngs)
-        self.token = linear(width, hidden[0], rngs=rngs, bias=False)
-        self.product = linear(width, hidden[0], rngs=rngs, bias=False)
-        sizes = (*hidden, 1)
-        self.rest = nnx.List(
-            [linear(a, b, rngs=rngs) for a, b in zip(sizes, sizes[1:], strict=False)]
-        )
-
-    def __call__(self, target_BW: jax.Array, token_TW: jax.Array, tokens: Tokens) -> jax.Array:
-        product_TW = tokens.spread(target_BW) * token_TW
-        x = tokens.spread(self.target(target_BW)) + self.token(token_TW) + self.product(product_TW)
-        for layer in self.rest:
-            x = layer(nnx.relu(x))
-        return x[:, 0]
 
 
 class Mean(nnx.Module):
@@ -240,9 +209,7 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Causal self-attention whose positions are time gaps, then DIN's target attention.
 
-    Queries and keys are turned by log(1 + age) (rotary, as Kunlun, arXiv 2602.10016): a score sees
-    by which factor one entry is older than another, seconds apart today as well as days apart last
-    month. Which frequencies is open: rising by equal factors.
+    Kunlun (arXiv 2602.10016, PAPER section 6) has rotary positions on log(1 + dt).
     """
 
     def __init__(self, inputs: int, query: int, config: EncoderConfig, *, rngs: nnx.Rngs):
@@ -256,36 +223,13 @@ class Transformer(nnx.Module):
 
     def __call__(self, value_TX: jax.Array, query_BQ: jax.Array, tokens: Tokens) -> jax.Array:
         assert tokens.age_T is not None
-        frequency_D = jnp.geomspace(FASTEST, SLOWEST, self.pairs)
-        angle_TD = jnp.log1p(tokens.age_T)[:, None] * frequency_D[None]
+        angle_TD = time_angles(tokens.age_T, pairs=self.pairs)
         x_TW = self.project(value_TX)
         for block in self.blocks:
             x_TW = block(x_TW, angle_TD, tokens)
         x_TW = self.norm(x_TW)
         weight_T = tokens.softmax(self.score(self.query(query_BQ), x_TW, tokens))
         return tokens.sum(weight_T[:, None] * x_TW)
-
-
-def rotate(x_THD: jax.Array, angle_TD: jax.Array) -> jax.Array:
-    """Turns the pair of numbers i and i + D/2 of every head by angle i."""
-    cos, sin = jnp.cos(angle_TD)[:, None], jnp.sin(angle_TD)[:, None]
-    a, b = jnp.split(x_THD, 2, axis=2)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=2)
-
-
-def self_attend(qkv_THD: jax.Array, tokens: Tokens) -> jax.Array:
-    """Causal self-attention: an entry sees itself and older ones of its example.
-
-    Queries, keys and values one after the other, [T,3H,D] -> [T,H,D]. Rank 0 is the newest, so
-    "older" is a higher rank.
-    """
-    q, k, v = jnp.split(tokens.pad(qkv_THD), 3, axis=2)
-    rank_L = jnp.arange(tokens.length)
-    real_BL = rank_L[None] < tokens.count()[:, None]
-    older_LL = rank_L[None, :] >= rank_L[:, None]
-    itself_LL = rank_L[None, :] == rank_L[:, None]
-    mask_BLL = (older_LL[None] & real_BL[:, None, :]) | itself_LL[None]
-    return tokens.unpad(jax.nn.dot_product_attention(q, k, v, mask=mask_BLL[:, None]))
 
 
 ENCODERS = {
