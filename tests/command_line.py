@@ -36,7 +36,7 @@ def get_config() -> Config:
         data={data},
         fm=FMConfig(
             backbone=DEEPFM,
-            compressor=CompressorConfig(width=4, prefixes=(), hidden=8),
+            compressor=CompressorConfig(width=4, prefixes=(), hidden=(8,)),
             train=TRAIN,
         ),
         vm=VMConfig(backbone=DEEPFM, train=TRAIN),

@@ -15,14 +15,14 @@ from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.data.schema import Field, Schema
 from loopfm_jax.errors import UserError
 from loopfm_jax.fm import teacher
-from loopfm_jax.fm.compressor import Compressor, CompressorConfig, Standardise
+from loopfm_jax.fm.compressor import Autoencoder, CompressorConfig, Standardise
 from loopfm_jax.fm.exporter import ExportConfig, code_width
 from loopfm_jax.fm.teacher import FMConfig, Teacher
 from loopfm_jax.history.codes import Codec, quantise
 from loopfm_jax.tables import TableConfig
 
 B, D, Z = 32, 12, 6
-CONFIG = CompressorConfig(width=Z, prefixes=(2, 4), hidden=16)
+CONFIG = CompressorConfig(width=Z, prefixes=(2, 4), hidden=(16,))
 
 
 def low_rank(rank: int = 3, *, rows: int = B, seed: int = 0) -> np.ndarray:
@@ -32,38 +32,46 @@ def low_rank(rank: int = 3, *, rows: int = B, seed: int = 0) -> np.ndarray:
 
 
 @cache
-def split():
-    return parts(noisy(lambda rngs: Compressor(D, CONFIG, rngs=rngs)))
+def split(hidden: tuple[int, ...] = CONFIG.hidden):
+    return parts(
+        noisy(lambda rngs: Autoencoder(D, replace(CONFIG, hidden=hidden), rngs=rngs), seed=1)
+    )
 
 
-@partial(jax.jit, static_argnames="train")
-def compress(e_BD, rest=None, *, train: bool):
+@partial(jax.jit, static_argnames=("train", "hidden"))
+def compress(e_BD, rest=None, *, train: bool, hidden: tuple[int, ...] = CONFIG.hidden):
     """(z, loss, statistics after the call)."""
-    graphdef, params, rest_before = split()
+    graphdef, params, rest_before = split(hidden)
     model = nnx.merge(graphdef, params, rest_before if rest is None else rest)
-    return *model(e_BD, train=train), parts(model)[2]
+    found = model(e_BD, train=train)
+    return found.code_BZ, found.loss_B, parts(model)[2]
 
 
 # -------------------------------------------------------------------------------- the loss
 
 
-def test_loss_is_the_mean_squared_error_over_numbers_and_prefixes():
+@pytest.mark.parametrize("hidden", [(16,), (), (9, 7)])
+def test_loss_is_the_mean_squared_error_over_numbers_and_prefixes(hidden):
     e = low_rank().astype(np.float64)
-    model = nnx.merge(*split())
+    model = nnx.merge(*split(hidden))
     p = named(model)
 
-    def dense(name, x):
-        return x @ p[f"{name}/kernel"] + p[f"{name}/bias"]
+    def layers(name, x):
+        for i in range(len(hidden) + 1):
+            x = np.maximum(x, 0) if i else x
+            x = x @ p[f"{name}/layers/{i}/kernel"] + p[f"{name}/layers/{i}/bias"]
+        return x
 
     e = (e - e.mean(0)) / np.sqrt(e.var(0) + 1e-8)
-    z = np.tanh(dense("encode_out", np.maximum(dense("encode_in", e), 0)))
+    z = np.tanh(layers("encoder", e))
     assert model.prefixes == (2, 4, 6)
-    errors = []
-    for i, prefix in enumerate(model.prefixes):
-        hidden = np.maximum(dense(f"decode_in/{i}", z[:, :prefix]), 0)
-        errors.append(((e - dense(f"decode_out/{i}", hidden)) ** 2).mean(axis=1))
-    z_found, loss, _ = compress(low_rank(), train=True)
+    assert [p[f"decoders/0/layers/{i}/kernel"].shape[1] for i in range(len(hidden))] == [
+        *reversed(hidden)
+    ]
+    decoded = [layers(f"decoders/{i}", z[:, :prefix]) for i, prefix in enumerate(model.prefixes)]
+    z_found, loss, _ = compress(low_rank(), train=True, hidden=hidden)
     np.testing.assert_allclose(z_found, z, rtol=1e-4, atol=1e-5)
+    errors = [((e - back) ** 2).mean(axis=1) for back in decoded]
     np.testing.assert_allclose(loss, np.mean(errors, axis=0), rtol=1e-4)
 
 
@@ -97,7 +105,7 @@ def fit(e_BD: np.ndarray, steps: int = 300):
 
         def objective(params):
             model = nnx.merge(graphdef, params, rest)
-            loss_B = model(e_BD, train=True)[1]
+            loss_B = model(e_BD, train=True).loss_B
             return loss_B.mean(), parts(model)[2]
 
         (loss, rest), gradients = jax.value_and_grad(objective, has_aux=True)(params)
@@ -115,7 +123,7 @@ def test_learns_low_rank_activations_and_longer_prefixes_are_better():
     losses, model = fit(e_BD)
     assert losses[-1] < 0.3 * losses[0]
     standard = model.standardise(e_BD, train=False)
-    z_BZ, _ = model(e_BD, train=False)
+    z_BZ = model(e_BD, train=False).code_BZ
     errors = [float(((model.decode(z_BZ, i) - standard) ** 2).mean()) for i in range(3)]
     assert errors[0] > 1.5 * errors[1] > 1.5 * errors[2] and errors[2] < 0.15
 
@@ -179,7 +187,7 @@ def test_inference_changes_no_statistics_and_looks_at_one_row_at_a_time():
 
 FM = FMConfig(
     backbone=BackboneConfig(hidden=(D, 5), tables=TableConfig(width=3, row_multiple=1)),
-    compressor=CompressorConfig(width=Z, prefixes=(2, 4), hidden=16, weight=3.0),
+    compressor=CompressorConfig(width=Z, prefixes=(2, 4), hidden=(16,), weight=3.0),
 )
 
 
@@ -218,7 +226,7 @@ def test_codes_of_the_teacher_come_from_its_tap():
     model = noisy(
         lambda rngs: Teacher(Schema(fields=(Field("user", 7), Field("item", 9))), FM, rngs=rngs)
     )
-    assert [c.encode_in.in_features for c in model.compressors] == [D]
+    assert [c.inputs for c in model.compressors] == [D]
     wrong = replace(FM, taps=("hidden_0", "hidden_9"))
     with pytest.raises(UserError, match=r"no tap 'hidden_9': fm.taps are some of embedding"):
         noisy(lambda rngs: Teacher(Schema(fields=(Field("user", 7),)), wrong, rngs=rngs))
@@ -231,7 +239,7 @@ def test_codes_of_the_teacher_come_from_its_tap():
     ("knobs", "message"),
     [
         ({"width": 0, "prefixes": ()}, "compressor.width is 0"),
-        ({"hidden": 0}, "compressor.hidden is 0"),
+        ({"hidden": (8, 0)}, r"compressor.hidden\[1\] is 0"),
         ({"width": 16}, "compressor.prefixes holds 32; prefixes lie between 1 and"),
         ({"prefixes": (0,)}, "compressor.prefixes holds 0"),
     ],

@@ -19,12 +19,10 @@ from loopfm_jax import infer
 from loopfm_jax.errors import UserError, check_limits
 from loopfm_jax.fm import codebook
 from loopfm_jax.fm.teacher import FMConfig, Teacher
-from loopfm_jax.fm.train import Lessons, known_rows
+from loopfm_jax.fm.train import Lessons, known_rows, sample
 from loopfm_jax.history.codes import Code, Codec, dequantise, quantise
 
 Refresh = Literal["fixed", "fresh", "linear", "ema", "anchored"]
-SAMPLE = 20_000
-"""Rows of the FM window on which codes are fitted and their losses measured."""
 
 
 @dataclass(frozen=True)
@@ -121,30 +119,78 @@ def fit(
     seed: int,
     before: int,
     directory: Path,
-) -> tuple[Exporter, dict[str, dict[str, float]]]:
+) -> tuple[Exporter, dict[str, dict[str, float | None]]]:
     """The codes of every tap, fitted on rows before `before`, and what they lose there.
 
     Returns:
-      the exporter, and per tap `quantised`: the share of the codes' variance that storing loses.
+      the exporter, and per tap `code`: the share of the standardised activation's squares (around
+      its running mean: its variance) that the exported numbers lose at full precision, None where
+      that prefix has no decoder; and `quantised`: the share of these numbers' variance that storing
+      them loses.
     """
     width = code_width(config, fm_config)
-    rows = known_rows(lessons.inputs, before=before)
-    rows = rows[:: max(1, len(rows) // SAMPLE)]
+    rows = sample(known_rows(lessons.inputs, before=before))
     past = lessons.past(mesh, fm_config)
-    plain = {tap: Codec("fp32", width) for tap in fm_config.taps}
-    sampler = Exporter(lessons, model, plain, mesh, config.batch, past)
-    sample = {f"codes_{tap}": np.zeros((len(rows), width), np.float32) for tap in plain}
-    soft = {"soft": np.zeros(len(rows), np.float32)}
-    sampler.run(rows, sample | soft, title="codes of the FM window")
+    found = _survey(lessons, model, rows, past, width=width, batch=config.batch, mesh=mesh)
     codecs, losses = {}, {}
     for tap in fm_config.taps:
-        z = sample[f"codes_{tap}"]
+        z = found[f"codes_{tap}"]
         book = codebook.fit(z, config.code, books=config.books, seed=seed)
         if book is not None:
             np.save(directory / f"book_{tap}.npy", book, allow_pickle=False)
         codecs[tap] = Codec(config.code, width, book)
-        losses[tap] = {"quantised": _loss(z, codecs[tap])}
+        lost, whole = found[f"square_{tap}"].sum(axis=0, dtype=np.float64)
+        losses[tap] = {
+            "code": None if np.isnan(lost) else float(lost / whole),
+            "quantised": _loss(z, codecs[tap]),
+        }
     return Exporter(lessons, model, codecs, mesh, config.batch, past), losses
+
+
+def _survey(
+    lessons: Lessons,
+    model: Any,
+    rows: np.ndarray,
+    past: Any,
+    *,
+    width: int,
+    batch: int,
+    mesh: Mesh,
+) -> dict[str, np.ndarray]:
+    """Per tap of these rows: `codes_<tap>` [rows,width], and `square_<tap>` [rows,2], the squared
+    norms of what the code loses of the standardised activation (NaN: no decoder) and of that."""
+
+    def step(model: Teacher, batch: dict[str, Any], past: Any) -> dict[str, jax.Array]:
+        taught, found = model(batch, past), {}
+        for tap, compressor in zip(model.taps, model.compressors, strict=True):
+            e_BD, z_BZ = taught.activations[tap], taught.codes[tap]
+            lost_BD = jnp.full_like(e_BD, jnp.nan)
+            if width in compressor.prefixes:
+                lost_BD = e_BD - compressor.decode(z_BZ, compressor.prefixes.index(width))
+            squares = [jnp.square(x).sum(axis=1) for x in (lost_BD, e_BD)]
+            found[f"codes_{tap}"] = z_BZ[:, :width]
+            found[f"square_{tap}"] = jnp.stack(squares, axis=1)
+        return found
+
+    columns = {"codes": width, "square": 2}
+    found = {
+        f"{name}_{tap}": np.zeros((len(rows), n), np.float32)
+        for name, n in columns.items()
+        for tap in model.taps
+    }
+    title = "codes of the FM window"
+    infer.run(
+        model,
+        step,
+        rows,
+        lessons.batch,
+        found,
+        batch=batch,
+        mesh=mesh,
+        constants=past,
+        title=title,
+    )
+    return found
 
 
 def _loss(z: np.ndarray, codec: Codec) -> float:

@@ -10,7 +10,8 @@ that has learned the days before, and the codes are
     ema        those of an average of the checkpoints so far;
     anchored   pulled towards the first checkpoint's codes while the day is learned.
 
-Learned codes (k-means, residual) keep the books of the first checkpoint.
+Learned codes (k-means, residual) keep the books of the first checkpoint, linear compressors its
+directions; the activations they are applied to move on.
 """
 
 from collections.abc import Mapping
@@ -26,8 +27,9 @@ from flax import nnx
 
 from loopfm_jax import checkpoint, loop
 from loopfm_jax.data.batches import OrderConfig
-from loopfm_jax.fm.exporter import SAMPLE, ExportConfig, Exporter
+from loopfm_jax.fm.exporter import ExportConfig, Exporter
 from loopfm_jax.fm.teacher import FMConfig, Teacher, loss
+from loopfm_jax.fm.train import sample
 from loopfm_jax.history.codes import Codec
 from loopfm_jax.history.reader import Past
 
@@ -169,14 +171,14 @@ def fit_map(new: np.ndarray, old: np.ndarray) -> np.ndarray:
 
 
 def _alignment(first: Exporter, fresh: Exporter, rows: np.ndarray) -> dict[str, np.ndarray]:
-    rows = _sample(rows)
+    rows = sample(rows)
     old, new = _codes(first, rows), _codes(fresh, rows)
     return {tap: fit_map(new[tap], old[tap]) for tap in old}
 
 
 def _drift(first: Exporter, now: Exporter, rows: np.ndarray) -> dict[str, float]:
     """Of the tap that LoopFM reads."""
-    rows, tap = _sample(rows), next(iter(first.codecs))
+    rows, tap = sample(rows), next(iter(first.codecs))
     old, new = _codes(first, rows)[tap], _codes(now, rows)[tap]
     product = (old * new).sum(axis=1)
     length = np.linalg.norm(old, axis=1) * np.linalg.norm(new, axis=1)
@@ -184,10 +186,6 @@ def _drift(first: Exporter, now: Exporter, rows: np.ndarray) -> dict[str, float]
         "centroid": float(np.linalg.norm(old.mean(axis=0) - new.mean(axis=0))),
         "cosine": float((product / np.maximum(length, 1e-9)).mean()),
     }
-
-
-def _sample(rows: np.ndarray) -> np.ndarray:
-    return rows[:: max(1, len(rows) // SAMPLE)]
 
 
 def _codes(exporter: Exporter, rows: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The foundation model: a backbone, its taps, and a compressor for each that trains beside it."""
+"""The foundation model: a backbone, its taps, and a compressor for each of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from loopfm_jax.backbones import BackboneConfig, build
 from loopfm_jax.data.batches import OrderConfig
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.errors import UserError
-from loopfm_jax.fm.compressor import Compressor, CompressorConfig
+from loopfm_jax.fm.compressor import COMPRESSORS, CompressorConfig
 from loopfm_jax.history.encoders import EncoderConfig
 from loopfm_jax.history.reader import Past, Readers, Reading
 from loopfm_jax.loop import TrainConfig
@@ -42,12 +42,15 @@ class FMConfig:
 
 @struct.dataclass
 class Taught:
-    """Logits [B], codes by tap [B,Z] and the compressors' mean loss [B]; what nobody reads costs
-    nothing."""
+    """What nobody reads of it costs nothing."""
 
     logits_B: jax.Array
+    activations: dict[str, jax.Array]
+    """By tap, as its compressor standardises it, [B,D]."""
     codes: dict[str, jax.Array]
+    """By tap, [B,Z]."""
     compressor_loss_B: jax.Array
+    """Mean over the taps."""
 
 
 class Teacher(nnx.Module):
@@ -76,8 +79,9 @@ class Teacher(nnx.Module):
             config.backbone, schema, extra_fields=self.extra_fields, dtype=dtype, rngs=rngs
         )
         widths = self._tap_widths(schema, tables.width)
+        create = COMPRESSORS[config.compressor.kind]
         self.compressors = nnx.List(
-            Compressor(widths[tap], config.compressor, rngs=rngs) for tap in self.taps
+            create(widths[tap], config.compressor, rngs=rngs) for tap in self.taps
         )
 
     def _tap_widths(self, schema: Schema, width: int) -> dict[str, int]:
@@ -119,12 +123,17 @@ class Teacher(nnx.Module):
             assert past is not None
             extra_BKE = self.readers(batch, embedded, past, self.backbone.embedder.table)
         output = self.backbone(embedded, extra_BKE=extra_BKE, key=key)
-        codes, losses = {}, []
-        for tap, compressor in zip(self.taps, self.compressors, strict=True):
-            activation_BD = self._read_taps(embedded, output.taps)[tap]
-            codes[tap], loss_B = compressor(activation_BD, train=key is not None)
-            losses.append(loss_B)
-        return Taught(output.logits_B, codes, jnp.stack(losses).mean(axis=0))
+        taps = self._read_taps(embedded, output.taps)
+        found = {
+            tap: compressor(taps[tap], train=key is not None)
+            for tap, compressor in zip(self.taps, self.compressors, strict=True)
+        }
+        return Taught(
+            output.logits_B,
+            activations={tap: one.activation_BD for tap, one in found.items()},
+            codes={tap: one.code_BZ for tap, one in found.items()},
+            compressor_loss_B=jnp.stack([one.loss_B for one in found.values()]).mean(axis=0),
+        )
 
 
 def loss(

@@ -6,11 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from loopfm_jax import checkpoint, loop, stages
+from loopfm_jax import checkpoint, infer, loop, stages
+from loopfm_jax.fm.compressor import Projection
 from loopfm_jax.fm.teacher import FMConfig, Teacher, loss
 from loopfm_jax.history.join import Join
 from loopfm_jax.history.reader import Past, Reading
@@ -19,6 +21,9 @@ from loopfm_jax.inputs import Inputs, open_inputs
 
 Labels = Literal["true", "shuffled"]
 Span = Literal["whole", "first-half"]
+SAMPLE = 20_000
+"""Rows of the FM window on which compressors and codes are fitted and their losses measured."""
+FIT_BATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ def train_fm(
     lessons = open_lessons(data, config, history)
     rows = known_rows(lessons.inputs, before=first_unseen(lessons.inputs, span))
     assemble = lessons.batch if labels == "true" else _shuffled(lessons, rows, seed)
+    past = lessons.past(mesh, config)
     trained = loop.train(
         loop.Trainable(lessons.builder(config), partial(loss, config=config)),
         rows,
@@ -86,10 +92,12 @@ def train_fm(
         mesh=mesh,
         seed=seed,
         directory=directory,
-        constants=lessons.past(mesh, config),
+        constants=past,
         pretrained=lessons.inputs.log.pretrained,
         title="train-fm",
     )
+    if config.compressor.kind != "autoencoder":
+        fit_projections(trained.model, lessons, sample(rows), mesh=mesh, past=past)
     checkpoint.save_model(trained.model, directory)
     checkpoint.discard(directory)
     return {
@@ -99,6 +107,36 @@ def train_fm(
         "cutoff_ms": int(lessons.inputs.log["logged_time"][rows].max()),
         "measured": {"examples_per_s": trained.examples_per_s},
     }
+
+
+def fit_projections(
+    model: Any, lessons: Lessons, rows: np.ndarray, *, mesh: Mesh, past: Past | None
+) -> None:
+    """Fits the linear compressors of a trained `model` to its activations of these rows."""
+
+    def step(model: Teacher, batch: dict[str, Any], past: Past | None) -> dict[str, jax.Array]:
+        return model(batch, past).activations
+
+    compressors: dict[str, Projection] = dict(zip(model.taps, model.compressors, strict=True))
+    found = {tap: np.zeros((len(rows), c.inputs), np.float32) for tap, c in compressors.items()}
+    infer.run(
+        model,
+        step,
+        rows,
+        lessons.batch,
+        found,
+        batch=FIT_BATCH,
+        mesh=mesh,
+        constants=past,
+        title="activations of the FM window",
+    )
+    for tap, compressor in compressors.items():
+        compressor.fit(found[tap])
+
+
+def sample(rows: np.ndarray) -> np.ndarray:
+    """At most SAMPLE of these rows, evenly spread."""
+    return rows[:: max(1, -(-len(rows) // SAMPLE))]
 
 
 def first_unseen(inputs: Inputs, span: Span) -> int:
