@@ -63,6 +63,8 @@ class Config:
     def __post_init__(self) -> None:
         for method in self.methods:
             find_method(method)
+        for encoder in (self.vm.encoder, self.fm.encoder):
+            encoder.check_code(self.export.code)
         check_limits("config", {"seeds": self.seeds}, low=1)
         check_limits("config", {"seed": self.seed}, low=0)
 

@@ -15,6 +15,7 @@ from flax import nnx
 
 from loopfm_jax.errors import UserError, check_limits
 from loopfm_jax.history.attention import Score, linear, rotate, self_attend, time_angles
+from loopfm_jax.history.codes import Code
 from loopfm_jax.history.packing import Tokens
 
 EncoderName = Literal["mean", "sum", "din", "dien", "dmin", "transformer"]
@@ -37,6 +38,9 @@ class EncoderConfig:
     """Hidden layers of the attention score."""
     fields: int = 2
     """K: how many fields of the embedding width a summary becomes."""
+    trainable_codes: bool = False
+    """Codes of --export.code rq name rows of a trained table, not the FM's vectors (QARM, arXiv
+    2411.11739)."""
 
     def __post_init__(self) -> None:
         sizes = ("width", "heads", "layers", "fields")
@@ -54,6 +58,14 @@ class EncoderConfig:
             )
         if not self.score_hidden:
             raise UserError("encoder.score_hidden is empty; give at least one width, e.g. 64 32")
+
+    def check_code(self, code: Code) -> None:
+        """Raises UserError where codes name no vectors that could be trained."""
+        if self.trainable_codes and code != "rq":
+            raise UserError(
+                f"encoder.trainable_codes trains the vectors that codes name, but {code} codes "
+                "name none: add --export.code rq, or leave the option out"
+            )
 
 
 class Mean(nnx.Module):

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx, struct
 
 from loopfm_jax.data.schema import Schema
-from loopfm_jax.history.codes import Codec, dequantise
+from loopfm_jax.history.codes import Codec, dequantise, look_up
 from loopfm_jax.history.encoders import ENCODERS, EncoderConfig
 from loopfm_jax.history.packing import Tokens, pack
 from loopfm_jax.history.store import Side
@@ -27,6 +27,8 @@ Content = Literal["loopfm", "item-only", "soft", "raw"]
 CONTENTS: tuple[Content, ...] = get_args(Content)
 Array = jax.Array | np.ndarray
 MINUTE, WEEK = 60.0, 7 * 86_400.0
+CODE_RMS = 0.3
+"""Of the paper's codes: norms of 1.71 over 32 numbers (PAPER section 3)."""
 
 
 @struct.dataclass
@@ -114,6 +116,9 @@ class Readers(nnx.Module):
             ENCODERS[config.name](reading.width(content, schema, tables), query, config, rngs=rngs)
             for _, content in self.parts
         )
+        self.books = nnx.List(
+            self._book(reading.codecs[tap], config, rngs=rngs) if tap else None for tap in self.taps
+        )
         self.summaries = nnx.List(
             # As small as the rows they join: training starts from the model without histories.
             nnx.Linear(
@@ -147,6 +152,10 @@ class Readers(nnx.Module):
             fields.append(summary_BX.reshape(len(query_BQ), -1, self.width))
         return jnp.concatenate(fields, axis=1)
 
+    def _book(self, codec: Codec, config: EncoderConfig, *, rngs: nnx.Rngs) -> "Book | None":
+        config.check_code(codec.code)
+        return Book(codec, rngs=rngs) if config.trainable_codes else None
+
     def _tokens(self, batch: Mapping[str, Any], key: str, entries: Entries) -> Tokens:
         found = batch["slices"][key]
         tokens = pack(
@@ -173,7 +182,8 @@ class Readers(nnx.Module):
         (key, content), tap = self.parts[part], self.taps[part]
         entries, row_T = past.entries[key], tokens.row_T
         if tap is not None:
-            parts = [dequantise(jnp.asarray(entries.codes[tap])[row_T], past.codecs[tap])]
+            stored_TX, book = jnp.asarray(entries.codes[tap])[row_T], self.books[part]
+            parts = [book(stored_TX) if book else dequantise(stored_TX, past.codecs[tap])]
         elif content == "raw":
             assert entries.ids_SF is not None
             parts = [lookup(jnp.asarray(entries.ids_SF)[row_T]).reshape(len(row_T), -1)]
@@ -182,6 +192,22 @@ class Readers(nnx.Module):
             parts = [jnp.asarray(entries.soft)[row_T][:, None]]
         parts += [tell(entries, tokens, side)[:, None] for side in self.side]
         return jnp.where(tokens.real_T[:, None], jnp.concatenate(parts, axis=1), 0)
+
+
+class Book(nnx.Module):
+    """Trained vectors in place of those that a residual code names, of their shape [K,256,Z].
+
+    They start at random, at the scale of codes: all that is kept of the FM is who shares a code.
+    """
+
+    def __init__(self, codec: Codec, *, rngs: nnx.Rngs):
+        assert codec.book is not None
+        scale = CODE_RMS / len(codec.book) ** 0.5
+        self.vectors_KCZ = nnx.Param(scale * jax.random.normal(rngs.params(), codec.book.shape))
+
+    def __call__(self, stored_TK: jax.Array) -> jax.Array:
+        """[T,Z]."""
+        return look_up(stored_TK, self.vectors_KCZ[...]).sum(-2)
 
 
 def tell(entries: Entries, tokens: Tokens, side: Side) -> jax.Array:
