@@ -186,6 +186,15 @@ def test_a_study_runs_every_experiment_once_and_goes_on(loopfm):
     assert page.count("<svg") == 3 and "Gain decomposition" in page
 
 
+def test_choices_of_the_vm_alone_are_experiments_of_their_own(loopfm):
+    """Taps share every stage but the VM's."""
+    taps = ["--fm.taps", "hidden_0", "embedding", "item", "--vm.encoder.name", "mean"]
+    line = loopfm.succeed("study", *taps, "--tables", "tap")
+    aucs = [cell["auc"] for cell in line["tables"]["tap"]]
+    assert len(aucs) == 5 and len(set(aucs)) == 5
+    assert len(list(loopfm.workdir.glob("structure/*"))) == 1
+
+
 def test_an_unknown_table_is_refused(loopfm):
     message = loopfm.refuse("study", "--tables", "transfer")
     assert "no table 'transfer'" in message and "transfers" in message

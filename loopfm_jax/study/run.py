@@ -49,7 +49,8 @@ def run(config: Config, tables: Iterable[Table]) -> Results:
     started = time.monotonic()
     for i, (name, cell) in enumerate(cells):
         flow = Flow(changed(config, cell.changes), shared=True)
-        same = f"{flow.history} {stages.digest(as_json(flow.config.vm))} {cell.method}"
+        told = (as_json(flow.config.vm), flow.config.history.tap, flow.config.history.side)
+        same = f"{flow.history} {stages.digest(told)} {cell.method}"
         if same not in found:
             say(f"study: {name}, {cell.row} {cell.column} ({i + 1} of {len(cells)} cells)")
             found[same] = _run(flow, cell.method)
