@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import tyro
 
-from loopfm_jax import __version__, memory, report, results, stages
+from loopfm_jax import __version__, report, results, stages
 from loopfm_jax.auto import resolve
 from loopfm_jax.config import Config, as_json, load
 from loopfm_jax.data.batches import GlobalBatches, OrderConfig, iterate
@@ -171,7 +171,6 @@ def _dispatch(argv: list[str]) -> dict[str, Any]:
         raise UserError(f"which configuration? loopfm {command} configs/synthetic.py [options]")
     config = parse(Path(rest[0]), rest[1:], command=command)
     _quiet()
-    memory.keep_freed()
     try:
         config.workdir.mkdir(parents=True, exist_ok=True)
         result = COMMANDS[command](Flow(config))

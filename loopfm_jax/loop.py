@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx, struct
 from jax.sharding import Mesh
 
-from loopfm_jax import checkpoint, sharding
+from loopfm_jax import checkpoint, memory, sharding
 from loopfm_jax.data.batches import Assemble, Batch, GlobalBatches, OrderConfig, iterate
 from loopfm_jax.errors import UserError, check_limits
 from loopfm_jax.optim import OptimConfig, make_optimiser
@@ -96,6 +96,7 @@ def train(
       start: a model to go on from, with a fresh optimiser; default: a new one.
     """
     _check_batch(config.order.batch, mesh)
+    memory.keep_freed()  # here and not earlier: preparing a log should give its memory back
     source = GlobalBatches(rows, assemble, config=config.order, seed=seed)
     graphdef, state, shardings = create(task.build, config.optim, mesh, seed)
     rest = with_pretrained(state.rest, pretrained or {}, shardings.rest)
