@@ -169,7 +169,8 @@ def _order(table: Table) -> str:
             ours, theirs = (sorted(known, key=lambda c: c[key]) for key in ("auc", "paper_auc"))
             said = [" < ".join(c["row"] for c in order) for order in (ours, theirs)]
             same = "as in the paper" if said[0] == said[1] else f"in the paper {said[1]}"
-            lines.append(f"{column + ': ' if column else ''}{said[0]}; {same}.")
+            name = f"{column}, by" if column else "By"
+            lines.append(f"{name} mean AUC, whatever the errors: {said[0]}; {same}.")
     return " ".join(lines)
 
 
