@@ -11,7 +11,8 @@ Everything below was chosen on 6 May (`--holdout validation`: VMs on 1-5 May), n
 the test window:
 - The FM is a DeepFM. DMIN as FM transfers less; DIN is the better FM and transfers as much.
 - FM: two shuffled epochs with dropout. One without it scores higher itself and transfers less.
-- VM: compact, also as a DMIN (`attention_hidden` is of no use to DeepFM); batch 512 by the base VM's NE; encoder DMIN as in the paper (the mean does as well).
+- VM: compact, also as a DMIN (`attention_hidden` is of no use to DeepFM); batch 512 by the NE of
+  the base VM; encoder DMIN as in the paper (the mean does as well).
 - alpha, beta, gamma: 1. A click rate of 45 % leaves no room for label scaling (the paper's alpha is
   5 at 5 %); gamma 3 transfers less.
 

@@ -23,7 +23,7 @@ from loopfm_jax.progress import say
 from loopfm_jax.sharding import make_mesh
 from loopfm_jax.stages import Report, Stage
 from loopfm_jax.vm.methods import find_method
-from loopfm_jax.vm.train import Sources, open_examples, train_vm
+from loopfm_jax.vm.train import Examples, Sources, open_examples, train_vm
 
 Teacher = Literal["fm", "shuffled-labels", "first-round", "self"]
 """Whose codes: the FM's; those of one that learned nothing true (a control); of the first of two
@@ -235,8 +235,9 @@ class Flow:
         for stage in (self.train_fm, self.export, self.structure):
             stage()
 
-    def train_vm(self, method: str, seed: int, histories: Histories = "own") -> Report:
-        config, stage = self.config, self._train_vm(method, seed, histories)
+    def examples(self, method: str, seed: int, histories: Histories = "own") -> Examples:
+        """What a VM is trained and judged on."""
+        stage = self._train_vm(method, seed, histories)
         sources = Sources(
             self.data,
             stage.inputs.get("export"),
@@ -244,12 +245,15 @@ class Flow:
             tap=stage.config["tap"],
             swap=histories == "swapped",
         )
+        found = find_method(method, side=self.config.history.side)
+        return open_examples(sources, self.config.vm, found)
+
+    def train_vm(self, method: str, seed: int, histories: Histories = "own") -> Report:
+        config = self.config
 
         def work(directory: Path) -> Report:
-            found = find_method(method, side=config.history.side)
-            examples = open_examples(sources, config.vm, found)
             return train_vm(
-                examples,
+                self.examples(method, seed, histories),
                 config.vm,
                 mesh=make_mesh(config.mesh),
                 seed=seed,
@@ -258,7 +262,7 @@ class Flow:
                 title=f"train-vm {method} seed {seed}",
             )
 
-        return self._run(stage, work)
+        return self._run(self._train_vm(method, seed, histories), work)
 
     def _run(self, stage: Stage, work: Callable[[Path], Report]) -> Report:
         manifest, done = stages.run(stage, work, force=self.config.force)

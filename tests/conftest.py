@@ -16,6 +16,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from command_line import CommandLine  # noqa: E402
 
 from loopfm_jax.data.prepare import prepare  # noqa: E402
 from loopfm_jax.data.synthetic import Synthetic  # noqa: E402
@@ -42,3 +43,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     prepare(TINY.read(), TINY.windows, name=TINY.name, card=TINY.card, directory=folder)
     return folder
+
+
+@pytest.fixture
+def loopfm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    """The command line with a tiny configuration and a working directory of its own."""
+    return CommandLine(tmp_path, capsys)

@@ -4,15 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from command_line import CommandLine
 
 from loopfm_jax import auto
 from loopfm_jax.metrics import auc
-
-
-@pytest.fixture
-def loopfm(tmp_path, capsys) -> CommandLine:
-    return CommandLine(tmp_path, capsys)
 
 
 def draws(seed: int, rows: int = 4000, knows: float = 0.0, seeds: int = 3):

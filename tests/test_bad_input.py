@@ -14,11 +14,6 @@ from loopfm_jax import cli
 from loopfm_jax.data import builder
 
 
-@pytest.fixture
-def loopfm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(tmp_path, capsys)
-
-
 def has(message: str, *words: str) -> None:
     assert all(word in message for word in words), message
 

@@ -18,11 +18,6 @@ KINDS = ("fresh", "linear", "ema", "anchored")
 FOUR_DAYS = ("--export.refresh-hours", "96")
 
 
-@pytest.fixture
-def loopfm(tmp_path, capsys) -> CommandLine:
-    return CommandLine(tmp_path, capsys)
-
-
 def facts_of(loopfm: CommandLine, stage: str) -> dict:
     return json.loads((loopfm.workdir / stage / "manifest.json").read_text())["facts"]
 

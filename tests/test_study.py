@@ -1,4 +1,4 @@
-"""Studies: tables of cells, shared stages, statistics, decomposition, pages; analyses of codes."""
+"""Studies: tables of cells, shared stages, statistics, decomposition, pages."""
 
 import json
 from dataclasses import replace
@@ -6,7 +6,6 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from command_line import CommandLine
 from scipy.stats import ttest_rel
 
 from loopfm_jax.backbones import BackboneConfig
@@ -14,7 +13,6 @@ from loopfm_jax.config import Config
 from loopfm_jax.errors import UserError
 from loopfm_jax.fm.teacher import FMConfig
 from loopfm_jax.metrics import Metrics
-from loopfm_jax.study import analyse
 from loopfm_jax.study.cells import Cell, Table, changed
 from loopfm_jax.study.config import StudyConfig
 from loopfm_jax.study.decomposition import TERMS, decompose
@@ -151,11 +149,6 @@ def test_decomposition_is_exact_and_has_the_errors_of_its_rows():
 # ----------------------------------------------------------------------------------- whole
 
 
-@pytest.fixture
-def loopfm(tmp_path, capsys) -> CommandLine:
-    return CommandLine(tmp_path, capsys)
-
-
 def test_a_study_runs_every_experiment_once_and_goes_on(loopfm):
     small = ["--study.lengths", "2", "5", "--vm.encoder.name", "mean"]
     line = loopfm.succeed("study", *small, "--tables", "seeds,length")
@@ -198,40 +191,3 @@ def test_choices_of_the_vm_alone_are_experiments_of_their_own(loopfm):
 def test_an_unknown_table_is_refused(loopfm):
     message = loopfm.refuse("study", "--tables", "transfer")
     assert "no table 'transfer'" in message and "transfers" in message
-
-
-# -------------------------------------------------------------------------------- analyses
-
-
-def test_effective_rank_counts_directions():
-    rng = np.random.default_rng(0)
-    flat = rng.normal(size=(4000, 6))
-    assert analyse.spectrum(flat)["effective_rank"] == pytest.approx(6, abs=0.05)
-    thin = flat[:, :2] @ rng.normal(size=(2, 6))
-    found = analyse.spectrum(thin)
-    assert found["effective_rank"] < 2.01 and found["top_4"] == pytest.approx(1)
-    facts = analyse.spread(np.c_[np.ones(10), np.arange(10) / 10])
-    assert (facts["width"], facts["used"], facts["low"], facts["high"]) == (2, 1, 0, 1)
-
-
-def test_profiles_are_correlations_of_every_dimension():
-    rng = np.random.default_rng(0)
-    soft, z = rng.random(500), rng.normal(size=(500, 4))
-    z[:, 0] += 3 * soft
-    outcome = (rng.random(500) < soft).astype(float)
-    found = analyse.profiles(z, soft, outcome)
-    expected = [np.corrcoef(z[:, d], soft)[0, 1] for d in range(4)]
-    np.testing.assert_allclose(found["with_soft_label"], expected)
-    assert found["with_soft_label"][0] > 0.5 and -1 <= found["profiles_agree"] <= 1
-
-
-def test_an_analysis_of_an_export(loopfm):
-    for command in ("prepare", "train-fm", "export"):
-        loopfm.succeed(command)
-    line = loopfm.succeed("analyse")
-    assert set(line["taps"]) == {"hidden_0"}
-    found = json.loads((loopfm.workdir / "analysis.json").read_text())["taps"]["hidden_0"]
-    assert found["width"] == 4 and len(found["singular_values"]) == 4
-    assert 0 < found["losses"]["quantised"] < 1
-    assert "effective rank" in (loopfm.workdir / "analysis.md").read_text()
-    assert (loopfm.workdir / "analysis.html").read_text().count("<svg") >= 3

@@ -91,7 +91,22 @@ class Sum(nnx.Module):
         return tokens.sum(jnp.where(tokens.real_T[:, None], self.project(value_TX), 0))
 
 
-class Din(nnx.Module):
+class Attentive(nnx.Module):
+    """Pools what its `interests` return, each by its own weights, side by side."""
+
+    def interests(
+        self, value_TX: jax.Array, query_BQ: jax.Array, tokens: Tokens
+    ) -> list[tuple[jax.Array, jax.Array]]:
+        """The candidate's attention, which sums to 1 over an example's tokens, and what it is
+        paid to: ([T], [T,W]) of every interest."""
+        raise NotImplementedError
+
+    def __call__(self, value_TX: jax.Array, query_BQ: jax.Array, tokens: Tokens) -> jax.Array:
+        found = self.interests(value_TX, query_BQ, tokens)
+        return jnp.concatenate([tokens.sum(w_T[:, None] * x_TW) for w_T, x_TW in found], axis=1)
+
+
+class Din(Attentive):
     """DIN target attention with softmax."""
 
     def __init__(self, inputs: int, query: int, config: EncoderConfig, *, rngs: nnx.Rngs):
@@ -100,10 +115,11 @@ class Din(nnx.Module):
         self.score = Score(config.width, config.score_hidden, rngs=rngs)
         self.outputs = config.width
 
-    def __call__(self, value_TX: jax.Array, query_BQ: jax.Array, tokens: Tokens) -> jax.Array:
+    def interests(
+        self, value_TX: jax.Array, query_BQ: jax.Array, tokens: Tokens
+    ) -> list[tuple[jax.Array, jax.Array]]:
         token_TW = self.project(value_TX)
-        weight_T = tokens.softmax(self.score(self.query(query_BQ), token_TW, tokens))
-        return tokens.sum(weight_T[:, None] * token_TW)
+        return [(tokens.softmax(self.score(self.query(query_BQ), token_TW, tokens)), token_TW)]
 
 
 class Gru(nnx.Module):
@@ -140,7 +156,7 @@ class Gru(nnx.Module):
         return jnp.moveaxis(states_LBW, 0, 1), last_BW
 
 
-class Dien(nnx.Module):
+class Dien(Attentive):
     """DIEN (PAPER section 5): a GRU over the entries gives interests; their softmax scores for the
     candidate scale the update gate of a second one (AUGRU), whose last state is the summary."""
 
@@ -152,15 +168,21 @@ class Dien(nnx.Module):
         self.score = Score(config.width, config.score_hidden, rngs=rngs)
         self.evolution = Gru(config.width, rngs=rngs)
 
-    def __call__(self, value_TX: jax.Array, query_BQ: jax.Array, tokens: Tokens) -> jax.Array:
+    def interests(
+        self, value_TX: jax.Array, query_BQ: jax.Array, tokens: Tokens
+    ) -> list[tuple[jax.Array, jax.Array]]:
         real_T = tokens.real_T.astype(value_TX.dtype)
         interest_BLW, _ = self.extraction(self.project(value_TX), real_T, tokens)
         interest_TW = tokens.unpad(interest_BLW)
         weight_T = tokens.softmax(self.score(self.query(query_BQ), interest_TW, tokens))
+        return [(weight_T, interest_TW)]
+
+    def __call__(self, value_TX: jax.Array, query_BQ: jax.Array, tokens: Tokens) -> jax.Array:
+        [(weight_T, interest_TW)] = self.interests(value_TX, query_BQ, tokens)
         return self.evolution(interest_TW, weight_T, tokens)[1]
 
 
-class Dmin(nnx.Module):
+class Dmin(Attentive):
     """DMIN's multi-interest extractor and per-interest target attention (PAPER section 5).
 
     Causal self-attention (an entry sees itself and older ones) gives one sequence per head; each
@@ -182,18 +204,19 @@ class Dmin(nnx.Module):
         self.shrink = nnx.List([linear(2 * width, width, rngs=rngs) for _ in range(heads)])
         self.score = nnx.List([Score(width, config.score_hidden, rngs=rngs) for _ in range(heads)])
 
-    def __call__(self, value_TX: jax.Array, query_BQ: jax.Array, tokens: Tokens) -> jax.Array:
+    def interests(
+        self, value_TX: jax.Array, query_BQ: jax.Array, tokens: Tokens
+    ) -> list[tuple[jax.Array, jax.Array]]:
         token_TW = self.project(value_TX)
         target_BW = self.query(query_BQ)
         qkv_THD = self.attend(token_TW).reshape(len(token_TW), 3 * self.heads, -1)
         mixed_THD = self_attend(qkv_THD, tokens)
-        interests = []
+        found = []
         for i in range(self.heads):
             x_TW = self.norm[i](token_TW + self.mix[i](mixed_THD[:, i]))
             x_TW = x_TW + self.shrink[i](nnx.relu(self.grow[i](x_TW)))
-            weight_T = tokens.softmax(self.score[i](target_BW, x_TW, tokens))
-            interests.append(tokens.sum(weight_T[:, None] * x_TW))
-        return jnp.concatenate(interests, axis=1)
+            found.append((tokens.softmax(self.score[i](target_BW, x_TW, tokens)), x_TW))
+        return found
 
 
 class Block(nnx.Module):
@@ -218,7 +241,7 @@ class Block(nnx.Module):
         return x_TW + self.shrink(nnx.relu(self.grow(self.norm_grow(x_TW))))
 
 
-class Transformer(nnx.Module):
+class Transformer(Attentive):
     """Causal self-attention whose positions are time gaps, then DIN's target attention.
 
     Kunlun (arXiv 2602.10016, PAPER section 6) has rotary positions on log(1 + dt).
@@ -233,15 +256,16 @@ class Transformer(nnx.Module):
         self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.score = Score(width, config.score_hidden, rngs=rngs)
 
-    def __call__(self, value_TX: jax.Array, query_BQ: jax.Array, tokens: Tokens) -> jax.Array:
+    def interests(
+        self, value_TX: jax.Array, query_BQ: jax.Array, tokens: Tokens
+    ) -> list[tuple[jax.Array, jax.Array]]:
         assert tokens.age_T is not None
         angle_TD = time_angles(tokens.age_T, pairs=self.pairs)
         x_TW = self.project(value_TX)
         for block in self.blocks:
             x_TW = block(x_TW, angle_TD, tokens)
         x_TW = self.norm(x_TW)
-        weight_T = tokens.softmax(self.score(self.query(query_BQ), x_TW, tokens))
-        return tokens.sum(weight_T[:, None] * x_TW)
+        return [(tokens.softmax(self.score(self.query(query_BQ), x_TW, tokens)), x_TW)]
 
 
 ENCODERS = {

@@ -18,7 +18,7 @@ from flax import nnx, struct
 
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.history.codes import Codec, dequantise, look_up
-from loopfm_jax.history.encoders import ENCODERS, EncoderConfig
+from loopfm_jax.history.encoders import ENCODERS, Attentive, EncoderConfig
 from loopfm_jax.history.packing import Tokens, pack
 from loopfm_jax.history.store import Side
 from loopfm_jax.tables import Embedded, TableConfig
@@ -143,14 +143,46 @@ class Readers(nnx.Module):
         past: the stores.
         lookup: fused ids -> rows of the model's table.
         """
+        read = self._read(batch, embedded, past, lookup)
+        fields = []
+        for encoder, summary, args in zip(self.encoders, self.summaries, read, strict=True):
+            summary_BX = summary(encoder(*args))
+            fields.append(summary_BX.reshape(len(summary_BX), -1, self.width))
+        return jnp.concatenate(fields, axis=1)
+
+    def attention(
+        self,
+        batch: Mapping[str, Any],
+        embedded: Embedded,
+        past: Past,
+        lookup: Callable[[jax.Array], jax.Array],
+    ) -> list[jax.Array | None]:
+        """What every part's encoder attends to, mean over its interests, [B,L], the newest entry
+        first, zeros behind the last; None of an encoder without attention."""
+        read = self._read(batch, embedded, past, lookup)
+        found: list[jax.Array | None] = []
+        for encoder, args in zip(self.encoders, read, strict=True):
+            if not isinstance(encoder, Attentive):
+                found.append(None)
+                continue
+            weight_T = jnp.mean(jnp.stack([w_T for w_T, _ in encoder.interests(*args)]), axis=0)
+            found.append(args[2].pad(weight_T))
+        return found
+
+    def _read(
+        self,
+        batch: Mapping[str, Any],
+        embedded: Embedded,
+        past: Past,
+        lookup: Callable[[jax.Array], jax.Array],
+    ) -> list[tuple[jax.Array, jax.Array, Tokens]]:
+        """What every part's encoder is called with."""
         query_BQ = jnp.concatenate([embedded.fields[name] for name in self.item], axis=1)
         tokens = {key: self._tokens(batch, key, past.entries[key]) for key in self.keys}
-        fields = []
-        for i, (key, _) in enumerate(self.parts):
-            value_TX = self._values(past, tokens[key], i, lookup)
-            summary_BX = self.summaries[i](self.encoders[i](value_TX, query_BQ, tokens[key]))
-            fields.append(summary_BX.reshape(len(query_BQ), -1, self.width))
-        return jnp.concatenate(fields, axis=1)
+        return [
+            (self._values(past, tokens[key], i, lookup), query_BQ, tokens[key])
+            for i, (key, _) in enumerate(self.parts)
+        ]
 
     def _book(self, codec: Codec, config: EncoderConfig, *, rngs: nnx.Rngs) -> "Book | None":
         config.check_code(codec.code)

@@ -1,7 +1,8 @@
-"""`loopfm analyse`: what is in the codes that an FM left behind (PAPER section 3, embedding facts).
+"""`loopfm analyse`: what is in the codes that an FM left behind, and what a VM attends to in them
+(PAPER section 3, embedding facts).
 
-Reads a finished `export`; writes analysis.json, .md, .html and the pictures. Codes are taken as a
-VM reads them, after quantisation, of up to `SAMPLE` rows of the judged window.
+Reads a finished `export` and a trained VM; writes analysis.json, .md, .html and the pictures. Codes
+are taken as a VM reads them, after quantisation, of up to `SAMPLE` rows of the judged window.
 """
 
 import json
@@ -25,8 +26,9 @@ from loopfm_jax.plots import Plot
 from loopfm_jax.progress import say
 from loopfm_jax.report import finite, pipes, replace_file, text_of
 from loopfm_jax.report_parts import Grid
+from loopfm_jax.study.attention import analyse_attention
 from loopfm_jax.study.render import Section, drift_text
-from loopfm_jax.svg import RC, SERIES, new_axes, render, style
+from loopfm_jax.svg import INK, RC, SERIES, new_axes, render, style
 
 SAMPLE = 20_000
 SHOWN = 2_000
@@ -59,6 +61,8 @@ def analyse(flow: Flow, *, command: str) -> dict[str, Any]:
             "losses": facts["losses"][tap],
         }
         sections.append(_section(tap, found["taps"][tap], z, soft))
+    found["attention"] = analyse_attention(flow)
+    sections.append(_attention_section(found["attention"]))
     found["drift"] = facts.get("drift", [])
     _write(finite(found), sections, flow.root, command=command)
     return {k: v for k, v in found.items() if k != "taps"} | {
@@ -147,6 +151,38 @@ def _section(tap: str, found: Mapping[str, Any], z: np.ndarray, soft: np.ndarray
     return Section(f"Tap {tap}", Grid(["fact", "value"], rows), [], figures)
 
 
+def _attention_section(found: Mapping[str, Any]) -> Section:
+    title = "Attention over histories"
+    if "missing" in found:
+        return Section(title, Grid(["not looked at"], [[found["missing"]]]), [], [])
+    rows = [
+        [c["by"], c["entries"], f"{c['share']:.1%}", f"{c['attention']:.3f} ± {c['se']:.3f}"]
+        for c in found["classes"]
+    ]
+    note = (
+        f"Of the VM {found['method']} with the encoder {found['encoder']}, mean over its heads, in "
+        f"{found['histories']:,} histories of two entries or more. 1 is an even share."
+    )
+    with matplotlib.rc_context(RC):
+        figure = _attention_plot([c for c in found["classes"] if c["by"] == "age"])
+    grid = Grid(["by", "entries", "share of entries", "attention"], rows, left=2)
+    return Section(title, grid, [note], [figure])
+
+
+def _attention_plot(ages: list[Mapping[str, Any]]) -> Plot:
+    figure, axes = new_axes(height=2.9)
+    colour, _, marker = SERIES[style("loopfm")]
+    values, errors = [c["attention"] for c in ages], [c["se"] for c in ages]
+    axes.axvline(1, color=INK, linewidth=1)
+    axes.errorbar(values, range(len(ages)), xerr=errors, color=colour, marker=marker)
+    axes.set_yticks(range(len(ages)), [c["entries"] for c in ages])
+    axes.set_ylim(len(ages) - 0.5, -0.5)
+    axes.set_xlabel("attention against an even share")
+    title = "Attention by the age of the entry"
+    caption = "Bars: one standard error over histories."
+    return Plot(title, caption, render(figure, title))
+
+
 def _spectrum_plot(tap: str, found: Mapping[str, Any]) -> Plot:
     figure, axes = new_axes(height=2.6)
     values = np.array(found["singular_values"])
@@ -188,7 +224,7 @@ def _write(
     days = found["drift"]
     parts = [f"# What is in the codes: {text_of(found['dataset'])}", INTRODUCTION]
     for section in sections:
-        parts += [f"## {section.title}", pipes(section.grid)]
+        parts += [f"## {section.title}", pipes(section.grid), *section.notes]
     shown = [
         s._replace(figures=[p._replace(svg=Markup(p.svg)) for p in s.figures]) for s in sections
     ]

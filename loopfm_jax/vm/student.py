@@ -159,6 +159,12 @@ class Student(nnx.Module):
             code_BZ=self.mimic(trunk_BW) if self.mimic else None,
         )
 
+    def attention(self, batch: Mapping[str, Any], past: Past) -> list[jax.Array | None]:
+        """What the candidates attend to: of every part of the reading, `Readers.attention`."""
+        assert self.readers is not None
+        embedded = self.backbone.embed(Features(batch["ids_BC"], batch["floats_BN"]))
+        return self.readers.attention(batch, embedded, past, self.backbone.embedder.table)
+
     def _code_now(self, batch: Mapping[str, Any], past: Past, channel: str) -> jax.Array:
         """The FM's code of the row itself, [B,Z]."""
         tap = self.taps[channel]

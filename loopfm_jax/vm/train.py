@@ -1,6 +1,6 @@
 """Training a vertical model on the VM window and judging it on the holdout."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -137,14 +137,9 @@ def train_vm(
 
     Writes the model and prediction.npy [rows of the holdout] into `directory`.
     """
-    method = examples.method
-
-    def build(rngs: nnx.Rngs) -> Student:
-        return Student(examples.inputs.schema, config, method, examples.reading, rngs=rngs)
-
     past = examples.past(mesh, config.encoder.name)
     trained = loop.train(
-        loop.Trainable(build, partial(Student.loss, config=config.distil)),
+        loop.Trainable(_builder(examples, config), partial(Student.loss, config=config.distil)),
         examples.inputs.rows(*vm_windows(holdout)),
         examples.batch,
         config=config.train,
@@ -181,6 +176,21 @@ def train_vm(
         "curve": trained.curve,
         "measured": {"examples_per_s": trained.examples_per_s},
     }
+
+
+def load_vm(examples: Examples, config: VMConfig, directory: Path, mesh: Mesh) -> Student:
+    """The model that `train_vm` left in a folder."""
+    model = checkpoint.load_model(_builder(examples, config), directory, mesh)
+    assert isinstance(model, Student)
+    return model
+
+
+def _builder(examples: Examples, config: VMConfig) -> Callable[[nnx.Rngs], Student]:
+    def build(rngs: nnx.Rngs) -> Student:
+        schema, method = examples.inputs.schema, examples.method
+        return Student(schema, config, method, examples.reading, rngs=rngs)
+
+    return build
 
 
 def _predict(model: Student, batch: dict[str, Any], past: Past) -> dict[str, jax.Array]:
