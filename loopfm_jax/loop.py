@@ -15,6 +15,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx, struct
 from jax.sharding import Mesh
 
@@ -98,14 +99,15 @@ def train(
     _check_batch(config.order.batch, mesh)
     memory.keep_freed()  # here and not earlier: preparing a log should give its memory back
     source = GlobalBatches(rows, assemble, config=config.order, seed=seed)
-    graphdef, state, shardings = create(task.build, config.optim, mesh, seed)
+    optimiser = make_optimiser(config.optim, steps=len(source))
+    graphdef, state, shardings = create(task.build, optimiser, mesh, seed)
     rest = with_pretrained(state.rest, pretrained or {}, shardings.rest)
     state = replace(state, rest=rest)
     if start is not None:
         params, rest = jax.tree.map(jnp.copy, _parts(start))  # the step donates what it is given
         state = jax.device_put(replace(state, params=params, rest=rest), shardings)
     step = jax.jit(
-        _step(graphdef, task.loss, config.optim),
+        _step(graphdef, task.loss, optimiser),
         donate_argnums=0,
         out_shardings=(shardings, None),
     )
@@ -127,11 +129,13 @@ def train(
 
 
 def create(
-    build: Callable[[nnx.Rngs], nnx.Module], optim: OptimConfig, mesh: Mesh, seed: int
+    build: Callable[[nnx.Rngs], nnx.Module],
+    optimiser: optax.GradientTransformation,
+    mesh: Mesh,
+    seed: int,
 ) -> tuple[Any, State, State]:
     """A fresh state, born sharded: (graph, state, its shardings)."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
-    optimiser = make_optimiser(optim)
 
     def init(seed: jax.Array) -> State:
         params, rest = _parts(build(nnx.Rngs(jax.random.key(seed))))
@@ -148,9 +152,7 @@ def _parts(model: nnx.Module) -> tuple[Any, Any]:
     return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
 
 
-def _step(graphdef: Any, loss: Any, optim: OptimConfig) -> Callable[..., Any]:
-    optimiser = make_optimiser(optim)
-
+def _step(graphdef: Any, loss: Any, optimiser: optax.GradientTransformation) -> Callable[..., Any]:
     def step(state: State, batch: dict[str, jax.Array], constants: Any) -> tuple[State, Any]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
 

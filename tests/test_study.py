@@ -107,6 +107,11 @@ def test_differences_are_paired_by_seed_and_tested():
     assert by_row["kd"]["p"] == pytest.approx(ttest_rel(kd, base).pvalue)
     assert by_row["kd"]["seeds_won"] == 3 and by_row["loopfm"]["seeds_won"] == 0
     assert by_row["kd"]["paper_auc"] == 0.5978
+    assert found["order"][""] == {
+        "as_published": [["base", "kd"]],
+        "other_way": [["kd", "loopfm"]],
+        "within_error": [["base", "loopfm"]],
+    }
 
 
 def test_a_curve_is_tested_against_base_of_its_own_row():

@@ -88,7 +88,7 @@ def _section(table: Table) -> Section:
     if table["name"] == "decomposition":
         grid, notes = _decomposition_grid(table), []
     else:
-        notes = [note for note in (_order(table), *_drifts(table), _needs_fm(table)) if note]
+        notes = [*_order(table), *_chosen(table), *_drifts(table), *_needs_fm(table)]
         grid = _grid(table)
     with matplotlib.rc_context(RC):
         figures = [_curves(table) if table["curve"] else _bars(table)]
@@ -160,18 +160,26 @@ def _decomposition_grid(table: Table) -> Grid:
     return Grid(["histories", "term", "nats", "SE", "truth", "SEs apart"], rows, left=2)
 
 
-def _order(table: Table) -> str:
-    """Where the paper has numbers: its order of rows and ours."""
-    lines = []
-    for column in table["columns"]:
-        known = [c for c in table["cells"] if c["column"] == column and c["paper_auc"]]
-        if len(known) > 2:
-            ours, theirs = (sorted(known, key=lambda c: c[key]) for key in ("auc", "paper_auc"))
-            said = [" < ".join(c["row"] for c in order) for order in (ours, theirs)]
-            same = "as in the paper" if said[0] == said[1] else f"in the paper {said[1]}"
-            name = f"{column}, by" if column else "By"
-            lines.append(f"{name} mean AUC, whatever the errors: {said[0]}; {same}.")
-    return " ".join(lines)
+def _order(table: Table) -> list[str]:
+    """How often two rows stand to each other as they do in the paper."""
+    notes = []
+    for column, order in table["order"].items():
+        same, other, close = (order[k] for k in ("as_published", "other_way", "within_error"))
+        pairs = len(same) + len(other) + len(close)
+        if pairs < 2:
+            continue
+        said = "; ".join(f"{worse} over {better}" for worse, better in other)
+        notes.append(
+            f"{column + ': ' if column else ''}of {pairs} pairs of rows, {len(same)} stand as in "
+            f"the paper, {len(close)} are within two standard errors of each other, {len(other)} "
+            f"stand the other way{': ' + said if said else ''}."
+        )
+    return notes
+
+
+def _chosen(table: Table) -> list[str]:
+    found = {c["row"]: c["chosen"] for c in table["cells"] if c["chosen"] != c["method"]}
+    return [f"{row} chose {method} on the validation window." for row, method in found.items()]
 
 
 def _drifts(table: Table) -> list[str]:
@@ -188,9 +196,9 @@ def drift_text(days: list[Mapping[str, Any]]) -> str:
     )
 
 
-def _needs_fm(table: Table) -> str:
+def _needs_fm(table: Table) -> list[str]:
     rows = dict.fromkeys(c["row"] for c in table["cells"] if c["needs_fm"])
-    return f"{', '.join(rows)}: the FM would have to run when the VM serves." if rows else ""
+    return [f"{', '.join(rows)}: the FM would have to run when the VM serves."] if rows else []
 
 
 def _cells(table: Table) -> dict[tuple[str, str], Mapping[str, Any]]:

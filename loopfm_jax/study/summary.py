@@ -1,15 +1,19 @@
 """Cells -> numbers of a table: means over seeds, paired differences, the paper's number beside."""
 
+from collections.abc import Mapping
+from itertools import permutations
 from typing import Any
 
 import numpy as np
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_1samp
 
 from loopfm_jax.evaluate import CLEAR
 from loopfm_jax.metrics import Metrics
 from loopfm_jax.study.cells import Cell, Table
 from loopfm_jax.study.paper import PAPER
 from loopfm_jax.study.run import Result, Results
+
+KINDS = {True: "as_published", False: "other_way"}
 
 
 def summarise(table: Table, results: Results) -> dict[str, Any]:
@@ -39,7 +43,25 @@ def summarise(table: Table, results: Results) -> dict[str, Any]:
         "columns": table.columns,
         "reference": _reference_name(table),
         "cells": found,
+        "order": {column: _order(table, cells, column) for column in table.columns},
     }
+
+
+def _order(
+    table: Table, cells: Mapping[tuple[str, str], Result], column: str
+) -> dict[str, list[list[str]]]:
+    """Pairs of rows (worse, better in the paper): which are `as_published` here, which are the
+    other way, which are within two standard errors of each other; none without repeated seeds."""
+    known = [p for p in PAPER.get(table.name, {}) if p in cells and p[1] == column]
+    found: dict[str, list[list[str]]] = {"as_published": [], "other_way": [], "within_error": []}
+    for worse, better in permutations(known, 2):
+        if PAPER[table.name][worse] < PAPER[table.name][better]:
+            differences = _differences(cells[better], cells[worse])
+            if len(differences) > 1:
+                t = differences.mean() / max(_standard_error(differences), 1e-12)
+                kind = "within_error" if abs(t) < CLEAR else KINDS[t > 0]
+                found[kind].append([worse[0], better[0]])
+    return found
 
 
 def _reference_name(table: Table) -> str:
@@ -76,11 +98,20 @@ def _numbers(result: Result) -> dict[str, Any]:
 
 def _paired(result: Result, reference: Result) -> dict[str, float]:
     """AUC above the reference, seed by seed, with its standard error and a paired t test."""
-    own, other = (np.array([seed.auc for seed in r.seeds]) for r in (result, reference))
-    differences = own - other
+    differences = _differences(result, reference)
     found = {"delta_auc": float(differences.mean())}
     if len(differences) > 1:
-        found["delta_auc_se"] = float(differences.std(ddof=1) / np.sqrt(len(differences)))
+        found["delta_auc_se"] = _standard_error(differences)
         found["seeds_won"] = int((differences > 0).sum())
-        found["p"] = float(ttest_rel(own, other).pvalue)
+        found["p"] = float(ttest_1samp(differences, 0)[1])
     return found
+
+
+def _differences(result: Result, reference: Result) -> np.ndarray:
+    """AUC of every seed above that of the reference."""
+    own, other = (np.array([seed.auc for seed in r.seeds]) for r in (result, reference))
+    return own - other
+
+
+def _standard_error(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / np.sqrt(len(values)))
