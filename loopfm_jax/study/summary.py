@@ -5,7 +5,7 @@ from itertools import permutations
 from typing import Any
 
 import numpy as np
-from scipy.stats import ttest_1samp
+from scipy.stats import ttest_rel
 
 from loopfm_jax.evaluate import CLEAR
 from loopfm_jax.metrics import Metrics
@@ -103,14 +103,17 @@ def _paired(result: Result, reference: Result) -> dict[str, float]:
     if len(differences) > 1:
         found["delta_auc_se"] = _standard_error(differences)
         found["seeds_won"] = int((differences > 0).sum())
-        found["p"] = float(ttest_1samp(differences, 0)[1])
+        found["p"] = float(ttest_rel(*_aucs(result, reference)).pvalue)
     return found
 
 
 def _differences(result: Result, reference: Result) -> np.ndarray:
     """AUC of every seed above that of the reference."""
-    own, other = (np.array([seed.auc for seed in r.seeds]) for r in (result, reference))
-    return own - other
+    return np.subtract(*_aucs(result, reference))
+
+
+def _aucs(*results: Result) -> list[list[float]]:
+    return [[seed.auc for seed in r.seeds] for r in results]
 
 
 def _standard_error(values: np.ndarray) -> float:
