@@ -103,17 +103,17 @@ def _paired(result: Result, reference: Result) -> dict[str, float]:
     if len(differences) > 1:
         found["delta_auc_se"] = _standard_error(differences)
         found["seeds_won"] = int((differences > 0).sum())
-        found["p"] = float(ttest_rel(*_aucs(result, reference)).pvalue)
+        found["p"] = float(ttest_rel(_aucs(result), _aucs(reference)).pvalue)
     return found
 
 
 def _differences(result: Result, reference: Result) -> np.ndarray:
     """AUC of every seed above that of the reference."""
-    return np.subtract(*_aucs(result, reference))
+    return _aucs(result) - _aucs(reference)
 
 
-def _aucs(*results: Result) -> list[list[float]]:
-    return [[seed.auc for seed in r.seeds] for r in results]
+def _aucs(result: Result) -> np.ndarray:
+    return np.array([seed.auc for seed in result.seeds])
 
 
 def _standard_error(values: np.ndarray) -> float:
