@@ -9,7 +9,7 @@ from loopfm_jax.cli import parse
 from loopfm_jax.flow import Flow
 from loopfm_jax.history.encoders import Transformer
 from loopfm_jax.sharding import make_mesh
-from loopfm_jax.study import analyse
+from loopfm_jax.study import codes
 from loopfm_jax.study.attention import Attended, attend, classes
 from loopfm_jax.vm.train import load_vm
 
@@ -17,11 +17,11 @@ from loopfm_jax.vm.train import load_vm
 def test_effective_rank_counts_directions():
     rng = np.random.default_rng(0)
     flat = rng.normal(size=(4000, 6))
-    assert analyse.spectrum(flat)["effective_rank"] == pytest.approx(6, abs=0.05)
+    assert codes.spectrum(flat)["effective_rank"] == pytest.approx(6, abs=0.05)
     thin = flat[:, :2] @ rng.normal(size=(2, 6))
-    found = analyse.spectrum(thin)
+    found = codes.spectrum(thin)
     assert found["effective_rank"] < 2.01 and found["top_4"] == pytest.approx(1)
-    facts = analyse.spread(np.c_[np.ones(10), np.arange(10) / 10])
+    facts = codes.spread(np.c_[np.ones(10), np.arange(10) / 10])
     assert (facts["width"], facts["used"], facts["low"], facts["high"]) == (2, 1, 0, 1)
 
 
@@ -30,7 +30,7 @@ def test_profiles_are_correlations_of_every_dimension():
     soft, z = rng.random(500), rng.normal(size=(500, 4))
     z[:, 0] += 3 * soft
     outcome = (rng.random(500) < soft).astype(float)
-    found = analyse.profiles(z, soft, outcome)
+    found = codes.profiles(z, soft, outcome)
     expected = [np.corrcoef(z[:, d], soft)[0, 1] for d in range(4)]
     np.testing.assert_allclose(found["with_soft_label"], expected)
     assert found["with_soft_label"][0] > 0.5 and -1 <= found["profiles_agree"] <= 1

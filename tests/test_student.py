@@ -1,7 +1,6 @@
-"""The student: which channel each method opens, the auxiliary heads, what entries tell."""
+"""The student: which channel each method opens, and what entries tell."""
 
 from dataclasses import replace
-from functools import cache, partial
 from types import SimpleNamespace
 
 import jax
@@ -9,167 +8,44 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from noise import noisy, parts
+from noise import noisy
+from student_cases import (
+    END,
+    KEYS,
+    LENGTH,
+    NAMES,
+    PLAIN,
+    SCHEMA,
+    TAPS,
+    VM,
+    B,
+    E,
+    T,
+    Z,
+    count,
+    make,
+    make_batch,
+    make_past,
+    make_reading,
+    program,
+    run,
+    same,
+)
 
-from loopfm_jax.backbones import BackboneConfig, build
-from loopfm_jax.data.schema import Field, Numeric, Schema
+from loopfm_jax.backbones import build
 from loopfm_jax.errors import UserError
 from loopfm_jax.history import codes, packing
 from loopfm_jax.history.codes import Codec
 from loopfm_jax.history.encoders import EncoderConfig
 from loopfm_jax.history.join import Join
-from loopfm_jax.history.reader import Entries, Past, Readers, Reading
+from loopfm_jax.history.reader import Past, Readers
 from loopfm_jax.history.store import Exported, Histories, Store
 from loopfm_jax.tables import TableConfig
-from loopfm_jax.vm.methods import CHANNELS, Method, find_method
-from loopfm_jax.vm.student import ADAPTER_HIDDEN, DistilConfig, Student, VMConfig, now_taps
+from loopfm_jax.vm.methods import find_method
+from loopfm_jax.vm.student import ADAPTER_HIDDEN, DistilConfig, Student, now_taps
 from loopfm_jax.vm.train import Examples
 
-B, N, Z, L, T, E = 6, 9, 5, 3, 16, 3
-SCHEMA = Schema(
-    fields=(Field("user", 7), Field("item", 6), Field("cate", 4)),
-    numeric=(Numeric("price"),),
-    item=("item", "cate"),
-    entity=("user",),
-)
-VM = VMConfig(
-    backbone=BackboneConfig(hidden=(7, 6), tables=TableConfig(width=E, row_multiple=1)),
-    encoder=EncoderConfig(name="mean", width=4, fields=2),
-)
-TAPS = ("hidden_0", "item", "entity")
-KEYS = ("key", "item")
-PLAIN = DistilConfig()
-LENGTH = np.array([2, 0, 3, 1, 0, 2], np.int32)
-END = np.array([2, 0, 5, 6, 0, 9], np.int32)
-NAMES = (
-    "base", "kd", "kd+adapter", "fitnets", "current", "entity", "loopfm", "kd+loopfm", "raw",
-    "raw+loopfm", "soft", "item-only", "self", "kd+raw+loopfm+outcome",
-)  # fmt: skip
 every_method = pytest.mark.parametrize("name", NAMES)
-
-
-def make_batch(seed: int = 0) -> dict:
-    rng = np.random.default_rng(seed)
-    offsets = np.array([SCHEMA.offsets[f.name] for f in SCHEMA.fields])
-    local = rng.integers(1, [f.rows for f in SCHEMA.fields], (B, 3))
-    own = {"end_B": END, "length_B": LENGTH, "slot_T": np.zeros(T, np.uint8)}
-    turned = own | {"end_B": END[::-1].copy(), "length_B": LENGTH[::-1].copy()}
-    return {
-        "ids_BC": (offsets + local).astype(np.int32),
-        "floats_BN": rng.normal(size=(B, 1)).astype(np.float32),
-        "label_B": (np.arange(B) % 2).astype(np.float32),
-        "weight_B": np.array([1, 1, 1, 1, 1, 0], np.float32),
-        "teacher_B": np.linspace(0.05, 0.95, B, dtype=np.float32),
-        "codes": {tap: rng.uniform(-1, 1, (B, Z)).astype(np.float32) for tap in TAPS},
-        "slices": {"key": own, "item": turned},
-        "seconds_B": np.full(B, 5_000, np.int32),
-    }
-
-
-def make_past(code: codes.Code = "fp32") -> Past:
-    rng = np.random.default_rng(1)
-
-    def entries() -> Entries:
-        z = {tap: rng.uniform(-1, 1, (N, Z)).astype(np.float32) for tap in TAPS}
-        return Entries(
-            codes={tap: codes.quantise(jnp.asarray(z[tap]), Codec(code, Z)) for tap in TAPS},
-            ids_SF=jnp.asarray(7 + rng.integers(1, 4, (N, 2)) + [[0, 6]], jnp.int32),
-            seconds=jnp.asarray(rng.integers(0, 5_000, N), jnp.int32),
-            outcome=jnp.asarray(rng.integers(0, 2, N), jnp.uint8),
-            soft=jnp.asarray(rng.uniform(size=N), jnp.float32),
-            longest=L,
-        )
-
-    return Past({key: entries() for key in KEYS}, {tap: Codec(code, Z) for tap in TAPS})
-
-
-def make_reading(method: Method, keys: tuple[str, ...] = KEYS) -> Reading:
-    codecs = {tap: Codec("fp32", Z) for tap in TAPS}
-    return Reading(method.contents, keys, method.side, codecs, "hidden_0")
-
-
-def make(name: str) -> Student:
-    method = find_method(name)
-    return noisy(lambda rngs: Student(SCHEMA, VM, method, make_reading(method), rngs=rngs))
-
-
-@cache
-def program(name: str, distil: DistilConfig):
-    """(loss, its terms, answer, gradient), compiled."""
-    method = find_method(name)
-    vm = replace(VM, distil=distil)
-    graphdef, params, rest = parts(
-        noisy(lambda rngs: Student(SCHEMA, vm, method, make_reading(method), rngs=rngs))
-    )
-
-    @jax.jit
-    def run(batch, past, params=params):
-        def objective(params):
-            model = nnx.merge(graphdef, params, rest)
-            value, terms = model.loss(batch, past, jax.random.key(0), config=distil)
-            return value, (terms, nnx.merge(graphdef, params, rest)(batch, past))
-
-        (value, (terms, answer)), slopes = jax.value_and_grad(objective, has_aux=True)(params)
-        return value, terms, answer, slopes
-
-    return run
-
-
-def run(name: str, *, distil: DistilConfig = PLAIN, batch=None, **arguments):
-    batch = make_batch() if batch is None else batch
-    return jax.tree.map(np.asarray, program(name, distil)(batch, make_past(), **arguments))
-
-
-def count(module: nnx.Module) -> int:
-    return sum(x.size for x in jax.tree.leaves(parts(module)[1]))
-
-
-def cross_entropy(logits, target, weight) -> float:
-    p = 1 / (1 + np.exp(-logits.astype(np.float64)))
-    losses = -(target * np.log(p) + (1 - target) * np.log1p(-p))
-    return float((losses * weight).sum() / weight.sum())
-
-
-def same(a, b, *, scale: float = 1.0, rtol: float = 2e-5, atol: float = 1e-7) -> None:
-    close = partial(np.testing.assert_allclose, rtol=rtol, atol=atol)
-    jax.tree.map(lambda x, y: close(x, scale * y), a, b)
-
-
-# --------------------------------------------------------------------------------- names
-
-
-def test_a_method_is_the_sum_of_its_channels():
-    assert find_method("base") == Method()
-    assert {name: find_method(name) for name in CHANNELS if name != "outcome"} == {
-        name: method for name, method in CHANNELS.items() if name != "outcome"
-    }
-    found = find_method("kd+raw+loopfm+outcome")
-    assert (found.heads, found.contents) == (("kd",), ("raw", "loopfm"))
-    assert found.side == ("outcome", "age") and found.teacher == "fm"
-    assert find_method("kd+self").teacher == "self"
-    assert [n for n in NAMES if find_method(n).needs_fm] == ["current"]
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("lopfm", "no channel 'lopfm', did you mean 'loopfm'.*A method is base, or some of kd,"),
-        ("kd+", "no channel ''"),
-        ("base+kd", "no channel 'base'"),
-        ("kd+kd", "opens a channel twice"),
-        ("loopfm+self", "opens a channel twice"),
-        ("kd+outcome", "reads none; add loopfm or raw"),
-    ],
-)
-def test_names_that_mean_nothing(name, message):
-    with pytest.raises(UserError, match=message):
-        find_method(name)
-
-
-def test_a_side_setting_adds_to_every_method_that_reads_histories():
-    assert find_method("kd", side=("age",)).side == ()
-    assert find_method("loopfm", side=("age",)).side == ("age",)
-    assert sorted(find_method("loopfm+outcome", side=("age",)).side) == ["age", "outcome"]
 
 
 # ------------------------------------------------------------------------------ channels
@@ -323,72 +199,6 @@ def test_rows_of_weight_zero_teach_nothing():
     value_too, _, _, slopes_too = run("kd+adapter+fitnets+loopfm", batch=other)
     np.testing.assert_allclose(value_too, value, rtol=1e-6)
     same(slopes_too, slopes)
-
-
-# --------------------------------------------------------------------------------- heads
-
-
-@pytest.mark.parametrize("alpha", [0.5, 3.0])
-def test_loss_is_labels_plus_gamma_times_scaled_soft_labels(alpha):
-    """At alpha = 3 most of alpha * y_F is above 1 and is cut there."""
-    batch = make_batch()
-    value, terms, answer, _ = run("kd", distil=DistilConfig(alpha=alpha, gamma=2.5))
-    soft = np.minimum(alpha * batch["teacher_B"], 1)
-    assert (soft == 1).sum() == (4 if alpha == 3 else 0)
-    label = cross_entropy(answer.logits_B, batch["label_B"], batch["weight_B"])
-    taught = cross_entropy(answer.kd_B, soft, batch["weight_B"])
-    np.testing.assert_allclose(terms["logloss"], label, rtol=1e-5)
-    np.testing.assert_allclose(terms["distillation"], taught, rtol=1e-5)
-    np.testing.assert_allclose(value, label + 2.5 * taught, rtol=1e-5)
-
-
-def test_the_adapter_learns_from_labels_and_teaches_the_third_head():
-    """ExFM's student adapter: its own loss is of labels; the head's gradient stops before it."""
-    batch = make_batch()
-    value, terms, answer, slopes = run("adapter", distil=DistilConfig(gamma=2.5))
-    weight = batch["weight_B"]
-    adapted = 1 / (1 + np.exp(-answer.adapter_B))
-    corrected = cross_entropy(answer.adapter_B, batch["label_B"], weight)
-    taught = cross_entropy(answer.adapted_B, adapted, weight)
-    label = cross_entropy(answer.logits_B, batch["label_B"], weight)
-    np.testing.assert_allclose(value, label + corrected + 2.5 * taught, rtol=1e-5)
-    _, _, _, untaught = run("adapter", distil=DistilConfig(gamma=0))
-    same(slopes["adapter"], untaught["adapter"])
-
-
-def test_fitnets_is_the_squared_error_to_the_code_of_the_row():
-    batch = make_batch()
-    value, terms, answer, _ = run("fitnets", distil=DistilConfig(fitnets=3.0))
-    error = np.square(answer.code_BZ - batch["codes"]["hidden_0"]).mean(axis=1)
-    expected = (error * batch["weight_B"]).sum() / batch["weight_B"].sum()
-    np.testing.assert_allclose(terms["fitnets"], expected, rtol=1e-5)
-    np.testing.assert_allclose(value, terms["logloss"] + 3 * expected, rtol=1e-5)
-
-
-def test_beta_scales_the_gradient_of_the_distillation_head_into_the_trunk():
-    def slopes(beta: float, gamma: float = 1.0):
-        return run("kd", distil=DistilConfig(beta=beta, gamma=gamma))[3]
-
-    label_only, plain = slopes(1, 0), slopes(1)
-    taught = jax.tree.map(np.subtract, plain["backbone"], label_only["backbone"])
-    assert max(abs(g).max() for g in jax.tree.leaves(taught)) > 1e-3
-    for beta, gamma in ((0.0, 1.0), (5.0, 1.0), (5.0, 10.0)):
-        found = slopes(beta, gamma)
-        into_trunk = jax.tree.map(np.subtract, found["backbone"], label_only["backbone"])
-        same(into_trunk, taught, scale=beta * gamma, rtol=1e-3, atol=1e-4 * gamma)
-        same(found["kd"], plain["kd"], scale=gamma)  # the head itself learns in full
-    same(run("kd", distil=DistilConfig(beta=5))[2], run("kd")[2], atol=1e-6)  # no logit changes
-
-
-def test_the_distillation_head_is_not_in_the_serving_logits():
-    _, _, answer, _ = run("kd")
-    _, params, _ = parts(make("kd"))
-    params["kd"] = jax.tree.map(lambda x: x + 1, params["kd"])
-    _, _, other, _ = run("kd", params=params)
-    np.testing.assert_array_equal(other.logits_B, answer.logits_B)
-    assert (np.abs(other.kd_B - answer.kd_B) > 0.1).all()
-    base = run("base", params={"backbone": params["backbone"]})[2]
-    np.testing.assert_allclose(base.logits_B, answer.logits_B, rtol=1e-6)
 
 
 # ------------------------------------------------------------------------------- entries
