@@ -5,17 +5,19 @@ holds the sha256 of every file.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
 from loopfm_jax import sharding
+from loopfm_jax.tables import Frozen, with_pretrained
 
 CHECKPOINTS = "checkpoints"
 
@@ -76,19 +78,37 @@ def discard(directory: Path) -> None:
 
 
 def save_model(model: nnx.Module, directory: Path) -> None:
-    """Everything that inference needs, under `directory`/model."""
+    """What training made of the model, under `directory`/model; pretrained tables stay where they
+    are, in the prepared log."""
+    _, _, state = nnx.split(model, Frozen, ...)
     with ocp.StandardCheckpointer() as saver:
-        saver.save((directory / "model").resolve(), nnx.to_pure_dict(nnx.state(model)))
+        saver.save((directory / "model").resolve(), nnx.to_pure_dict(state))
 
 
-def load_model(build: Callable[[nnx.Rngs], nnx.Module], directory: Path, mesh: Mesh) -> nnx.Module:
-    """The model that `save_model` wrote, onto any mesh."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
-    shapes = nnx.to_pure_dict(state)
-    target = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        shapes,
-        sharding.for_state(mesh, shapes),
+def load_model(
+    build: Callable[[nnx.Rngs], nnx.Module],
+    directory: Path,
+    mesh: Mesh,
+    *,
+    pretrained: Mapping[str, np.ndarray] | None = None,
+) -> nnx.Module:
+    """The model that `save_model` wrote, onto any mesh.
+
+    Args:
+      pretrained: the tables that were not saved, by field.
+    """
+    shapes = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    graphdef, *parts = nnx.split(shapes, Frozen, ...)
+    frozen, state = (
+        jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            nnx.to_pure_dict(part),
+            sharding.for_state(mesh, nnx.to_pure_dict(part)),
+        )
+        for part in parts
     )
     with ocp.StandardCheckpointer() as reader:
-        return nnx.merge(graphdef, reader.restore((directory / "model").resolve(), target))
+        state = reader.restore((directory / "model").resolve(), state)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, frozen)
+    frozen = with_pretrained(frozen, pretrained or {}, shardings)
+    return nnx.merge(graphdef, frozen, state)

@@ -35,7 +35,9 @@ def export(
     """
     facts = stages.verify(fm)["facts"]
     lessons = open_lessons(data, fm_config, history)
-    model = checkpoint.load_model(lessons.builder(fm_config), fm, mesh)
+    model = checkpoint.load_model(
+        lessons.builder(fm_config), fm, mesh, pretrained=lessons.inputs.log.pretrained
+    )
     first = facts["first"]
     exporter, losses = fit(
         lessons, model, config, fm_config, mesh=mesh, seed=seed, before=first, directory=directory

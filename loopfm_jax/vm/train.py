@@ -180,7 +180,9 @@ def train_vm(
 
 def load_vm(examples: Examples, config: VMConfig, directory: Path, mesh: Mesh) -> Student:
     """The model that `train_vm` left in a folder."""
-    model = checkpoint.load_model(_builder(examples, config), directory, mesh)
+    model = checkpoint.load_model(
+        _builder(examples, config), directory, mesh, pretrained=examples.inputs.log.pretrained
+    )
     assert isinstance(model, Student)
     return model
 
