@@ -35,12 +35,14 @@ SHOWN = 2_000
 INTRODUCTION = (
     "The paper's codes of TaobaoAd use 32 of 32 dimensions; their 4 largest singular values "
     "explain 28 %, the 8 largest 47 %; their mean norm is 1.71; the profiles of their correlation "
-    "with the soft label and with the click agree (rank correlation .95)."
+    "with the soft label and with the click agree (rank correlation .95). Its entries under 10 "
+    "minutes old get 3 times the attention of those 4 to 8 hours old, those of the candidate's "
+    "category 1.13 to 1.16 times that of others, of its brand 1.04 to 1.06, clicked ones .84 to .97."
 )
 
 
 def analyse(flow: Flow, *, command: str) -> dict[str, Any]:
-    """The analysis of a flow's export, written into its working directory; returns its numbers."""
+    """The analysis of a flow's export, written into its working directory; returns the headline."""
     facts = stages.verify(flow.exported)["facts"]
     exported = open_export(flow.exported, facts)
     log, splits = load(flow.data)
@@ -64,9 +66,9 @@ def analyse(flow: Flow, *, command: str) -> dict[str, Any]:
     sections.append(_attention_section(found["attention"]))
     found["drift"] = facts.get("drift", [])
     _write(finite(found), sections, flow.root, command=command)
-    return {k: v for k, v in found.items() if k != "taps"} | {
-        "taps": {t: {k: v[k] for k in ("effective_rank", "norm")} for t, v in found["taps"].items()}
-    }
+    taps = {t: {k: v[k] for k in ("effective_rank", "norm")} for t, v in found["taps"].items()}
+    attention = {k: v for k, v in found["attention"].items() if k != "classes"}
+    return found | {"taps": taps, "attention": attention}
 
 
 def _section(tap: str, found: Mapping[str, Any], z: np.ndarray, soft: np.ndarray) -> Section:
@@ -151,7 +153,7 @@ def _points(title: str, at: np.ndarray, soft: np.ndarray) -> Plot:
         axes.scatter(at[rows, 0], at[rows, 1], s=3, color=colour, label=name, linewidths=0)
     axes.set_xticks([])
     axes.set_yticks([])
-    figure.legend(loc="outside upper left", ncols=3)
+    figure.legend(loc="outside upper left", ncols=3, markerscale=4)
     caption = "Each point is a row; colours: the lower, middle and upper third of soft labels."
     return Plot(title, caption, render(figure, title))
 
