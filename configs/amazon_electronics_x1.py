@@ -27,6 +27,7 @@ from loopfm_jax.history.encoders import EncoderConfig
 from loopfm_jax.history.store import HistoryConfig
 from loopfm_jax.loop import TrainConfig
 from loopfm_jax.optim import OptimConfig
+from loopfm_jax.study.config import StudyConfig
 from loopfm_jax.tables import TableConfig
 from loopfm_jax.vm.student import DistilConfig, VMConfig
 
@@ -64,6 +65,12 @@ def get_config() -> Config:
             encoder=EncoderConfig(name="dmin", width=32, heads=4),
             distil=DistilConfig(alpha=5.0, beta=5.0, gamma=10.0),
             train=TrainConfig(OrderConfig(order="time", batch=1024), OPTIM),
+        ),
+        study=StudyConfig(
+            taps=("hidden_1", "hidden_2", "embedding", "all", "item", "entity"),
+            vms=("deepfm", "dien", "dmr", "dmin"),
+            lengths=(10, 25, 50, 100),
+            keys=("key", "item_id", "key+cate_id", "key,item_id"),
         ),
         workdir=Path("runs/amazon_electronics_x1"),
     )

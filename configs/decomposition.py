@@ -56,6 +56,6 @@ def get_config() -> Config:
                 optim=OptimConfig(learning_rate=5e-3, cooldown=0.9),
             ),
         ),
-        study=StudyConfig(tables=("decomposition",)),
+        study=StudyConfig(tables=("decomposition",), taps=()),
         workdir=Path("runs/decomposition"),
     )

@@ -47,6 +47,6 @@ def get_config() -> Config:
             distil=DistilConfig(gamma=3.0),
             train=TrainConfig(order=OrderConfig(order="time", batch=256)),
         ),
-        study=StudyConfig(tables=("stale",)),
+        study=StudyConfig(tables=("stale",), taps=()),
         workdir=Path("runs/news"),
     )

@@ -15,7 +15,7 @@ from loopfm_jax.config import Config, as_json
 from loopfm_jax.data.log import load
 from loopfm_jax.flow import Flow
 from loopfm_jax.metrics import auc
-from loopfm_jax.stages import Report, run
+from loopfm_jax.stages import Report
 from loopfm_jax.vm.methods import find_method
 
 AUTO = "auto"
@@ -53,7 +53,7 @@ def choose(flow: Flow) -> Report:
         del directory
         return _choose(replace(flow, config=replace(flow.config, holdout="validation")), candidates)
 
-    return run(stage, work, force=flow.config.force)[0]
+    return flow.make(stage, work)
 
 
 def _choose(flow: Flow, candidates: list[tuple[str, float]]) -> Report:

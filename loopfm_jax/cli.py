@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -185,7 +186,7 @@ def _dispatch(argv: list[str]) -> dict[str, Any]:
 
 def parse(path: Path, options: Sequence[str], *, command: str = "run") -> Config:
     """The configuration of a file with command-line options on top."""
-    options = ["--study.tables" if option == "--tables" else option for option in options]
+    options = [re.sub(r"^--tables(?==|$)", "--study.tables", option) for option in options]
     if "--control" in options:  # bare: all of them
         at = options.index("--control") + 1
         if at == len(options) or options[at].startswith("-"):

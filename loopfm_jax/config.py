@@ -65,6 +65,11 @@ class Config:
             find_method(method)
         for encoder in (self.vm.encoder, self.fm.encoder):
             encoder.check_code(self.export.code)
+        if self.export.refresh == "anchored" and self.fm.compressor.kind != "autoencoder":
+            raise UserError(
+                f"export.refresh anchored trains the compressor, but {self.fm.compressor.kind} has "
+                "nothing to train: use linear, or --fm.compressor.kind autoencoder"
+            )
         check_limits("config", {"seeds": self.seeds}, low=1)
         check_limits("config", {"seed": self.seed}, low=0)
 

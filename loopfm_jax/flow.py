@@ -7,7 +7,7 @@ place where FM and VM are in one room; they meet through what is on disk.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +49,8 @@ class Flow:
     every stage that they have in common (`loopfm study`)."""
     trial: str = ""
     """Folder of VMs that are configured otherwise than the rest (`auto`)."""
+    redone: set[Path] = field(default_factory=set, compare=False)
+    """Stages that `force` has redone, by this flow and those derived from it: once is enough."""
 
     @property
     def root(self) -> Path:
@@ -175,7 +177,7 @@ class Flow:
                 directory=directory,
             )
 
-        return self._run(replace(self._prepare, sources=source.fingerprint()), work)
+        return self.make(replace(self._prepare, sources=source.fingerprint()), work)
 
     def train_fm(self) -> Report:
         stage = self._train_fm
@@ -192,7 +194,7 @@ class Flow:
                 history=self._read_by_teacher.get("history"),
             )
 
-        return self._run(stage, work)
+        return self.make(stage, work)
 
     def export(self) -> Report:
         def work(directory: Path) -> Report:
@@ -207,7 +209,7 @@ class Flow:
                 history=self._read_by_teacher.get("history"),
             )
 
-        return self._run(self._export, work)
+        return self.make(self._export, work)
 
     def structure(self) -> Report:
         config = self.config.history
@@ -226,7 +228,7 @@ class Flow:
                 directory=directory,
             )
 
-        return self._run(self._structure, work)
+        return self.make(self._structure, work)
 
     def teach(self) -> None:
         """Everything between the prepared log and the VMs."""
@@ -234,6 +236,18 @@ class Flow:
             self.of("first-round").teach()
         for stage in (self.train_fm, self.export, self.structure):
             stage()
+
+    def trained_vm(self, method: str, seed: int) -> Path | None:
+        """The folder of a VM that was trained as configured; None if there is none at all.
+
+        Raises:
+          UserError: it was trained otherwise, or from something else than is there now.
+        """
+        stage = self._train_vm(method, seed, "own")
+        if not (stage.directory / stages.MANIFEST).exists():
+            return None
+        stages.require(stage)
+        return stage.directory
 
     def examples(self, method: str, seed: int, histories: Histories = "own") -> Examples:
         """What a VM is trained and judged on."""
@@ -262,10 +276,13 @@ class Flow:
                 title=f"train-vm {method} seed {seed}",
             )
 
-        return self._run(self._train_vm(method, seed, histories), work)
+        return self.make(self._train_vm(method, seed, histories), work)
 
-    def _run(self, stage: Stage, work: Callable[[Path], Report]) -> Report:
-        manifest, done = stages.run(stage, work, force=self.config.force)
+    def make(self, stage: Stage, work: Callable[[Path], Report]) -> Report:
+        """The manifest of a stage, which is made unless it is up to date."""
+        force = self.config.force and stage.directory not in self.redone
+        self.redone.add(stage.directory)
+        manifest, done = stages.run(stage, work, force=force)
         name = stage.directory.relative_to(self.root)
         seconds = manifest["measured"]["seconds"]
         if done or not self.shared:

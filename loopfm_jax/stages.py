@@ -23,7 +23,8 @@ MANIFEST = "manifest.json"
 MARK, CHECKPOINTS = "attempt.json", "checkpoints"
 """In an unfinished stage: what it is being made from, and where it may go on."""
 COMMANDS = {"data": "prepare", "teacher": "train-fm", "export": "export", "history": "structure"}
-"""Folder name -> the command that fills it; every other folder is a VM's."""
+"""Folder name -> the command that fills it; every other folder is a VM's, or of a study, which
+has a folder per command."""
 PACKAGES = ("loopfm-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "polars")
 COUNTED = ("stage", "config", "inputs", "facts", "files")
 """Parts of a manifest that are the identity of what was made: rates and versions do not count."""
@@ -137,9 +138,28 @@ def _check_origin(directory: Path, manifest: Report) -> None:
 def _read(directory: Path) -> Report:
     path = directory / MANIFEST
     if not path.exists():
-        command = COMMANDS.get(directory.name, "train-vm")
+        command = _command(directory)
         raise UserError(f"{directory} is missing or incomplete: run `loopfm {command}` first")
     return _checked(directory, path.stat().st_mtime_ns)
+
+
+def _command(directory: Path) -> str:
+    """What fills a folder of which there is no manifest to say it."""
+    parent = directory.parent.name
+    own = parent if parent in COMMANDS.values() else "train-vm"
+    return COMMANDS.get(directory.name, own)
+
+
+def require(stage: Stage) -> Report:
+    """The manifest of a stage that is there, up to date and made with this configuration.
+
+    Raises:
+      UserError: it is not.
+    """
+    manifest = verify(stage.directory)
+    config = json.loads(json.dumps(dict(stage.config), default=str))
+    _same_config(stage, manifest["config"], config)
+    return manifest
 
 
 def _manifest(directory: Path) -> Report:
@@ -150,7 +170,7 @@ def _manifest(directory: Path) -> Report:
     except (ValueError, KeyError, TypeError, AttributeError):
         intact, manifest = False, {}
     if not intact:
-        command = COMMANDS.get(directory.name, "train-vm")
+        command = _command(directory)
         raise UserError(f"{directory / MANIFEST} is damaged: redo `loopfm {command}` with --force")
     return manifest
 

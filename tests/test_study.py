@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -9,14 +10,16 @@ import pytest
 from scipy.stats import ttest_rel
 
 from loopfm_jax.backbones import BackboneConfig
-from loopfm_jax.config import Config
+from loopfm_jax.config import Config, load
+from loopfm_jax.data.schema import Behaviour, Field, Schema
 from loopfm_jax.errors import UserError
 from loopfm_jax.fm.teacher import FMConfig
 from loopfm_jax.metrics import Metrics
 from loopfm_jax.study.cells import Cell, Table, changed
 from loopfm_jax.study.config import StudyConfig
 from loopfm_jax.study.decomposition import TERMS, decompose
-from loopfm_jax.study.paper import PAPER
+from loopfm_jax.study.paper import PAPER, published
+from loopfm_jax.study.plan import possible, with_taps
 from loopfm_jax.study.run import Result
 from loopfm_jax.study.summary import summarise
 from loopfm_jax.study.tables import TABLES, find_tables
@@ -49,16 +52,17 @@ def test_every_table_is_made_of_experiments_that_exist(name):
     assert known <= set(places)
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_the_papers_numbers_belong_to_cells_of_its_tables(name):
+@pytest.mark.parametrize(("dataset", "name"), [(d, t) for d in PAPER for t in PAPER[d]])
+def test_the_papers_numbers_belong_to_cells_of_its_tables(dataset, name):
     wide = replace(
         WHOLE.study,
         vms=("fm2", "fmfm", "deepfm", "dien", "dmr", "dmin"),
         lengths=(10, 25, 50, 75, 100),
     )
-    table = TABLES[name](changed(WHOLE, {"study": wide, "vm.backbone.tables.width": 32}))
+    dmin = {"vm.backbone.tables.width": 32, "vm.backbone.name": "dmin"}
+    table = TABLES[name](changed(WHOLE, {"study": wide, **dmin}))
     places = {cell.place for cell in table.cells}
-    unknown = set(PAPER[name]) - places
+    unknown = set(published(dataset, name)) - places
     assert unknown <= {("128", "kd+loopfm")}, unknown  # no code of 128 numbers here
 
 
@@ -135,14 +139,15 @@ def test_transfer_ratio_is_the_share_that_arrived_of_a_gain_that_is_there():
 
 def test_decomposition_is_exact_and_has_the_errors_of_its_rows():
     rng = np.random.default_rng(0)
-    losses = {name: rng.normal(1, 0.1, 500) for name in ("x", "raw", "loopfm", "both")}
-    limits = {name: np.full(500, value) for name, value in zip(losses, (4, 3, 2, 1), strict=True)}
+    losses = {name: rng.normal(1, 0.1, 500) for name in ("x", "raw", "loopfm", "both", "fp32")}
+    known = zip(losses, (4, 3, 2, 1, 1.5), strict=True)
+    limits = {name: np.full(500, value) for name, value in known}
     found = decompose(losses, limits)
     estimate = {name: term["estimate"] for name, term in found.items()}
     together = estimate["I_temporal"] + estimate["I_cross"] - estimate["I_residual"]
     assert estimate["I_loopfm"] == pytest.approx(together, abs=1e-12)
     assert {name: term["truth"] for name, term in found.items()} == {
-        "I_loopfm": 2, "I_temporal": 1, "I_cross": 2, "I_residual": 1,
+        "I_loopfm": 2, "I_temporal": 1, "I_cross": 2, "I_residual": 1, "L_quantised": 0.5,
     }  # fmt: skip
     apart = losses["raw"] - losses["both"]
     assert found["I_cross"]["se"] == pytest.approx(apart.std(ddof=1) / np.sqrt(500))
@@ -196,3 +201,46 @@ def test_choices_of_the_vm_alone_are_experiments_of_their_own(loopfm):
 def test_an_unknown_table_is_refused(loopfm):
     message = loopfm.refuse("study", "--tables", "transfer")
     assert "no table 'transfer'" in message and "transfers" in message
+
+
+# ----------------------------------------------------------------------------------- plans
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+LOG = Schema(
+    (Field("user", 9), Field("item", 9), Field("cate", 9))
+    + tuple(Field(f"{n}_his", 9, "sequence", 4, shares=n) for n in ("item", "cate")),
+    behaviours=(Behaviour(("item", "cate"), ("item_his", "cate_his")),),
+    item=("item", "cate"),
+    entity=("user",),
+)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_table_of_every_configuration_is_possible(path):
+    """Taps are exported, options go together, backbones fit; `gap` needs a simulated log."""
+    config = with_taps(load(path), LOG)
+    names = [name for name in TABLES if name != "gap" or hasattr(config.data, "gap")]
+    tables = find_tables(names, config)
+    left = possible(tables, config, LOG)
+    dropped = [set(t.rows) - set(p.rows) for t, p in zip(tables, left, strict=True)]
+    assert not any(dropped) or config.study.taps == ()
+
+
+def test_rows_that_a_log_does_not_allow_are_left_out_by_name(capsys):
+    no_entity = replace(LOG, entity=())
+    config = with_taps(Config(), no_entity)
+    assert config.fm.taps == ("hidden_0", "item")
+    [table] = possible(find_tables(["transfers"], config), config, no_entity)
+    assert "kd+entity" not in table.rows and "item-only" in table.rows
+    assert "transfers without kd+entity: no tap 'entity'" in capsys.readouterr().err
+
+
+def test_what_cannot_be_built_is_refused_before_anything_trains():
+    config = changed(Config(), {"study.vms": ("dmin",), "vm.backbone.heads": 5})
+    with pytest.raises(UserError, match="table transfers, base dmin: .*5"):
+        possible(find_tables(["transfers"], config), config, LOG)
+
+
+def test_options_that_go_together_are_set_together():
+    wide = changed(Config(), {"fm.compressor.width": 128, "fm.compressor.prefixes": (32, 128)})
+    assert changed(wide, TABLES["dim"](wide).cells[0].changes).fm.compressor.width == 64

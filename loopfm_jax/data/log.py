@@ -117,12 +117,17 @@ def fill_slots(values: np.ndarray, slots: Slots, *, offset: int = 0) -> np.ndarr
     return filled_BL
 
 
+def read_schema(directory: Path) -> Schema:
+    """What a prepared log holds, without its columns."""
+    return Schema.from_json(json.loads((directory / "schema.json").read_text())["schema"])
+
+
 def load(directory: Path) -> tuple[Log, dict[str, slice]]:
     """The whole prepared log of a folder and the rows of each window."""
     from loopfm_jax.data import builder  # TFDS takes a second to import: only where it is used
 
     facts = json.loads((directory / "schema.json").read_text())
-    schema = Schema.from_json(facts["schema"])
+    schema = read_schema(directory)
     columns = builder.read(directory / facts["folder"], facts["rows"])
     ragged = {
         n.removesuffix("/values"): Ragged(columns[n], columns[n.removesuffix("values") + "lengths"])

@@ -8,7 +8,8 @@ that has learned the days before, and the codes are
     linear     mapped back into the first checkpoint's space, by a least-squares map fitted on
                yesterday's rows, which both have run over;
     ema        those of an average of the checkpoints so far;
-    anchored   pulled towards the first checkpoint's codes while the day is learned.
+    anchored   of a compressor that is pulled towards the first checkpoint's codes while the day is
+               learned; the FM itself is not (no gradient passes from a code into it).
 
 Learned codes (k-means, residual) keep the books of the first checkpoint, linear compressors its
 directions; the activations they are applied to move on.
@@ -177,7 +178,7 @@ def _alignment(first: Exporter, fresh: Exporter, rows: np.ndarray) -> dict[str, 
 
 
 def _drift(first: Exporter, now: Exporter, rows: np.ndarray) -> dict[str, float]:
-    """Of the tap that LoopFM reads."""
+    """Of the first tap."""
     rows, tap = sample(rows), next(iter(first.codecs))
     old, new = _codes(first, rows)[tap], _codes(now, rows)[tap]
     product = (old * new).sum(axis=1)

@@ -48,7 +48,7 @@ def analyse(flow: Flow, *, command: str) -> dict[str, Any]:
     log, splits = load(flow.data)
     judged = splits[flow.config.holdout]
     rows = np.arange(judged.start, judged.stop)
-    rows = rows[:: max(1, len(rows) // SAMPLE)]
+    rows = rows[:: -(-len(rows) // SAMPLE)]
     example = rows - facts["first"]
     soft, outcome = exported.soft[example], log["label"][rows]
     found: dict[str, Any] = {"dataset": flow.config.data.name, "rows": len(rows), "taps": {}}

@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from loopfm_jax import infer
-from loopfm_jax.errors import UserError
 from loopfm_jax.flow import Flow
 from loopfm_jax.history.encoders import ENCODERS, Attentive
 from loopfm_jax.history.reader import Past, raw_fields
@@ -62,14 +61,16 @@ def analyse_attention(flow: Flow) -> dict[str, Any]:
         if "loopfm" not in find_method(method).contents:
             continue
         own = flow.for_method(method)
-        folder = own.vm(method, config.seed)
-        if not (folder / "manifest.json").exists():
+        folder = own.trained_vm(method, config.seed)
+        if folder is None:
             continue
         examples, mesh = own.examples(method, config.seed), make_mesh(config.mesh)
         model = load_vm(examples, config.vm, folder, mesh)
         attended = attend(
             model, examples, encoder=config.vm.encoder.name, holdout=config.holdout, mesh=mesh
         )
+        if not len(attended.row_N):
+            return {"missing": "no row of the judged window has two entries in its history"}
         return {
             "method": method,
             "encoder": config.vm.encoder.name,
@@ -83,20 +84,14 @@ def attend(
     model: Student, examples: Examples, *, encoder: str, holdout: str, mesh: Mesh
 ) -> Attended:
     """The attention that candidates of the judged window pay to codes, by the first kind of key;
-    of up to SAMPLE rows with two entries or more.
-
-    Raises:
-      UserError: no row has a history of two entries.
-    """
+    of up to SAMPLE rows with two entries or more."""
     join = examples.join
     assert join is not None
     part = examples.reading.parts.index((examples.reading.keys[0], "loopfm"))
     store = join.histories.stores[examples.reading.keys[0]]
     judged = examples.inputs.rows(holdout)
     rows = judged[np.asarray(store.length)[judged - join.first] > 1]
-    if not len(rows):
-        raise UserError("no row of the judged window has two entries in its history")
-    rows = rows[:: -(-len(rows) // SAMPLE)]
+    rows = rows[:: max(1, -(-len(rows) // SAMPLE))]
     weight_NL = np.zeros((len(rows), join.histories.longest), np.float32)
 
     def step(model: Student, batch: dict[str, Any], past: Past) -> dict[str, jax.Array]:
@@ -104,17 +99,18 @@ def attend(
         assert weight_BL is not None
         return {"weight": weight_BL}
 
-    infer.run(
-        model,
-        step,
-        rows,
-        examples.batch,
-        {"weight": weight_NL},
-        batch=1024,
-        mesh=mesh,
-        constants=examples.past(mesh, encoder),
-        title="analyse attention",
-    )
+    if len(rows):
+        infer.run(
+            model,
+            step,
+            rows,
+            examples.batch,
+            {"weight": weight_NL},
+            batch=1024,
+            mesh=mesh,
+            constants=examples.past(mesh, encoder),
+            title="analyse attention",
+        )
     return _describe(examples, store, rows, weight_NL)
 
 

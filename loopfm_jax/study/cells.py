@@ -48,15 +48,26 @@ class Table:
 
 
 def changed(config: Config, changes: Mapping[str, Any]) -> Config:
-    """The configuration with dotted options set: `{"history.length": 10}`."""
+    """The configuration with dotted options set: `{"history.length": 10}`.
+
+    Options of one part are set together: some are valid only with each other.
+    """
+    nested: dict[str, Any] = {}
     for path, value in changes.items():
-        config = _set(config, path.split("."), value)
-    return config
+        *parents, name = path.split(".")
+        inner = nested
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[name] = value
+    return _set(config, nested)
 
 
-def _set(part: Any, path: list[str], value: Any) -> Any:
-    name, *rest = path
-    if not is_dataclass(part) or not hasattr(part, name):
-        raise ValueError(f"no option {name!r} in {type(part).__name__}")
-    inner = _set(getattr(part, name), rest, value) if rest else value
-    return replace(part, **{name: inner})  # pyright: ignore[reportArgumentType]
+def _set(part: Any, nested: Mapping[str, Any]) -> Any:
+    for name in nested:
+        if not is_dataclass(part) or not hasattr(part, name):
+            raise ValueError(f"no option {name!r} in {type(part).__name__}")
+    values = {
+        name: _set(getattr(part, name), value) if isinstance(value, dict) else value
+        for name, value in nested.items()
+    }
+    return replace(part, **values)  # pyright: ignore[reportArgumentType]

@@ -21,20 +21,23 @@ TERMS = {
     "I_temporal": ("x", "raw"),
     "I_cross": ("raw", "both"),
     "I_residual": ("loopfm", "both"),
+    "L_quantised": ("loopfm", "fp32"),
 }
-"""Term -> (loss before, loss after)."""
+"""Term -> (loss before, loss after); the last is no information, but what storing a code costs."""
 LIMITS = {
     "plain": {
         "x": "bayes_vm",
         "raw": "bayes_vm_items",
         "loopfm": "bayes_vm_codes",
         "both": "bayes_vm_codes",
+        "fp32": "bayes_vm_codes",
     },
     "with outcomes": {
         "x": "bayes_vm",
         "raw": "bayes_vm_raw_history",
         "loopfm": "bayes_vm_history",
         "both": "bayes_vm_history",
+        "fp32": "bayes_vm_history",
     },
 }
 """Column of the table `decomposition` -> its VM -> the known probabilities of the simulator that
@@ -52,7 +55,7 @@ def decompose(
     """
     terms = {}
     for name, (before, after) in TERMS.items():
-        rows = losses[before] - losses[after]
+        rows = losses[before].astype(np.float64) - losses[after]
         terms[name] = {
             "estimate": float(rows.mean()),
             "se": float(rows.std(ddof=1) / np.sqrt(len(rows))),

@@ -9,11 +9,14 @@ from typing import Any
 import jax
 
 from loopfm_jax.config import Config
+from loopfm_jax.data.log import read_schema
+from loopfm_jax.flow import Flow
 from loopfm_jax.report import finite
 from loopfm_jax.stages import PACKAGES
 from loopfm_jax.study import render
 from loopfm_jax.study.cells import Table
 from loopfm_jax.study.decomposition import LIMITS, decompose
+from loopfm_jax.study.plan import possible, with_taps
 from loopfm_jax.study.run import Results, limits, run
 from loopfm_jax.study.summary import summarise
 from loopfm_jax.study.tables import find_tables
@@ -22,14 +25,18 @@ from loopfm_jax.study.tables import find_tables
 def make(config: Config, *, command: str) -> dict[str, Any]:
     """Runs what is not there yet, writes the study, returns its JSON."""
     started = time.monotonic()
-    taps = tuple(dict.fromkeys((*config.fm.taps, *config.study.taps)))
-    config = replace(config, fm=replace(config.fm, taps=taps))
-    tables = find_tables(config.study.tables, config)
-    results = run(config, tables)
-    summaries = [summarise(table, results) for table in tables]
+    find_tables(config.study.tables, config)  # a name that is none is found before anything runs
+    flow = Flow(config, shared=True)
+    flow.prepare()
+    schema = read_schema(flow.data)
+    config = with_taps(config, schema)
+    tables = possible(find_tables(config.study.tables, config), config, schema)
+    flow = replace(flow, config=config)
+    results = run(flow, tables)
+    summaries = [summarise(table, results, dataset=config.data.name) for table in tables]
     for table, summary in zip(tables, summaries, strict=True):
         if table.name == "decomposition":
-            summary["terms"] = _terms(config, table, results)
+            summary["terms"] = _terms(flow, table, results)
     study = {
         "dataset": config.data.name,
         "date": date.today().isoformat(),
@@ -46,9 +53,9 @@ def make(config: Config, *, command: str) -> dict[str, Any]:
     return study
 
 
-def _terms(config: Config, table: Table, results: Results) -> dict[str, Any]:
+def _terms(flow: Flow, table: Table, results: Results) -> dict[str, Any]:
     """Column -> term -> estimate."""
-    known, found = limits(config), {}
+    known, found = limits(flow), {}
     for column in table.columns:
         losses = {
             cell.row: results[table.name, cell.place].loss

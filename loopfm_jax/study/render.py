@@ -14,14 +14,15 @@ from loopfm_jax.page import page
 from loopfm_jax.plots import Plot
 from loopfm_jax.report import pipes, replace_file, text_of
 from loopfm_jax.report_parts import DASH, Grid
+from loopfm_jax.study.paper import PAPER
 from loopfm_jax.svg import INK, RC, SERIES, draw_legend, new_axes, render, style, variables
 
 INTRODUCTION = (
     "Every number is the AUC of a vertical model on the judged window, mean over seeds, with "
     "what it lies above the table's reference, with the standard error of that difference, paired "
     "by seed. TR is the share of the FM's gain over base, in LogLoss, that arrived (a dash where "
-    "the FM is not clearly better than base). The paper's numbers are of other data: "
-    "compare orders, not values."
+    "the FM is not clearly better than base). Where the paper's numbers stand beside ours, they "
+    "are of {paper}."
 )
 Table = Mapping[str, Any]
 
@@ -51,7 +52,7 @@ def write(study: dict[str, Any], directory: Path) -> None:
 
 
 def markdown(study: Mapping[str, Any], sections: list[Section]) -> str:
-    parts = [f"# Study: LoopFM on {text_of(study['dataset'])}", INTRODUCTION]
+    parts = [f"# Study: LoopFM on {text_of(study['dataset'])}", _introduction(study)]
     for section in sections:
         parts += [f"## {section.title}", pipes(section.grid)]
         parts += [f"> {text_of(note)}" for note in section.notes]
@@ -65,13 +66,18 @@ def _html(study: Mapping[str, Any], sections: list[Section]) -> str:
         "study",
         title=f"{study['dataset']}: study",
         subtitle=f"{study['date']}, judged on the {study['holdout']} window",
-        introduction=INTRODUCTION,
+        introduction=_introduction(study),
         sections=[
             s._replace(figures=[p._replace(svg=Markup(p.svg)) for p in s.figures]) for s in sections
         ],
         command=study["command"],
         facts=_facts(study),
     )
+
+
+def _introduction(study: Mapping[str, Any]) -> str:
+    other = "TaobaoAd, another log: compare orders, not values"
+    return INTRODUCTION.format(paper="this data set" if study["dataset"] in PAPER else other)
 
 
 def _facts(study: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -86,7 +92,7 @@ def _facts(study: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _section(table: Table) -> Section:
     if table["name"] == "decomposition":
-        grid, notes = _decomposition_grid(table), []
+        grid, notes = _decomposition_grid(table), _pipeline(table)
     else:
         notes = [*_order(table), *_chosen(table), *_drifts(table), *_needs_fm(table)]
         grid = _grid(table)
@@ -175,6 +181,17 @@ def _order(table: Table) -> list[str]:
             f"stand the other way{': ' + said if said else ''}."
         )
     return notes
+
+
+def _pipeline(table: Table) -> list[str]:
+    """What histories lose before a VM reads them."""
+    losses = _cells(table)["loopfm", "plain"]["losses"]
+    return [
+        f"Tap {tap}: the code leaves out {found['code']:.1%} of the activation's variance, storing "
+        f"it {found['quantised']:.2%} of the code's."
+        for tap, found in losses.items()
+        if found.get("code") is not None
+    ] + ["L_quantised is what storing costs the VM, against codes of full precision."]
 
 
 def _chosen(table: Table) -> list[str]:

@@ -10,16 +10,16 @@ from scipy.stats import ttest_rel
 from loopfm_jax.evaluate import CLEAR
 from loopfm_jax.metrics import Metrics
 from loopfm_jax.study.cells import Cell, Table
-from loopfm_jax.study.paper import PAPER
+from loopfm_jax.study.paper import Numbers, published
 from loopfm_jax.study.run import Result, Results
 
 KINDS = {True: "as_published", False: "other_way"}
 
 
-def summarise(table: Table, results: Results) -> dict[str, Any]:
+def summarise(table: Table, results: Results, *, dataset: str = "") -> dict[str, Any]:
     """The table as JSON: `rows`, `columns`, and per cell the numbers of `_numbers`."""
     cells = {cell.place: results[table.name, cell.place] for cell in table.cells}
-    found = []
+    paper, found = published(dataset, table.name), []
     for cell in table.cells:
         result = cells[cell.place]
         reference = cells.get(_reference(table, cell))
@@ -32,7 +32,7 @@ def summarise(table: Table, results: Results) -> dict[str, Any]:
                 **_numbers(result),
                 **({} if reference is None or reference is result else _paired(result, reference)),
                 "transfer_ratio": _transfer_ratio(result, cells.get(_base(table, cell))),
-                "paper_auc": PAPER.get(table.name, {}).get(cell.place),
+                "paper_auc": paper.get(cell.place),
             }
         )
     return {
@@ -43,19 +43,19 @@ def summarise(table: Table, results: Results) -> dict[str, Any]:
         "columns": table.columns,
         "reference": _reference_name(table),
         "cells": found,
-        "order": {column: _order(table, cells, column) for column in table.columns},
+        "order": {column: _order(paper, cells, column) for column in table.columns},
     }
 
 
 def _order(
-    table: Table, cells: Mapping[tuple[str, str], Result], column: str
+    paper: Numbers, cells: Mapping[tuple[str, str], Result], column: str
 ) -> dict[str, list[list[str]]]:
     """Pairs of rows (worse, better in the paper): which are `as_published` here, which are the
     other way, which are within two standard errors of each other; none without repeated seeds."""
-    known = [p for p in PAPER.get(table.name, {}) if p in cells and p[1] == column]
+    known = [p for p in paper if p in cells and p[1] == column]
     found: dict[str, list[list[str]]] = {"as_published": [], "other_way": [], "within_error": []}
     for worse, better in permutations(known, 2):
-        if PAPER[table.name][worse] < PAPER[table.name][better]:
+        if paper[worse] < paper[better]:
             differences = _differences(cells[better], cells[worse])
             if len(differences) > 1:
                 t = differences.mean() / max(_standard_error(differences), 1e-12)

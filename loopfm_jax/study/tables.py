@@ -32,9 +32,21 @@ CAPACITIES = {
 
 
 def transfers(config: Config) -> Table:
-    """Every transfer method, for VMs of several backbones (tables 1, 2 and 7)."""
+    """Every transfer method, for VMs of several backbones (tables 1, 2, 6 and 8)."""
     columns = {name: {"vm.backbone.name": name} for name in config.study.vms}
-    return _table("transfers", "Transfer methods (paper: tables 1 and 2)", TRANSFERS, columns)
+    return _table("transfers", "Transfer methods (paper: tables 1, 2, 6 and 8)", TRANSFERS, columns)
+
+
+def unsequenced(config: Config) -> Table:
+    """A DeepFM that sees no behaviour sequence of its own (table 7)."""
+    alone = {"vm.backbone.name": "deepfm", "vm.backbone.behaviours": False}
+    cells = [Cell(method, "", method, alone) for method in ("base", "kd")]
+    for method in ("loopfm", "kd+loopfm"):
+        for name in ("mean", "dmin"):
+            changes = {**alone, "vm.encoder.name": name}
+            cells.append(Cell(f"{method}, {name}", "", method, changes))
+    title = "DeepFM without behaviour sequences (paper: table 7)"
+    return Table("unsequenced", title, tuple(cells))
 
 
 def seeds(config: Config) -> Table:
@@ -50,9 +62,11 @@ def pooling(config: Config) -> Table:
 
 
 def raw(config: Config) -> Table:
-    """Raw id histories against LoopFM, for VMs of two widths (table 4)."""
-    width = config.vm.backbone.tables.width
-    columns = {f"width {w}": {"vm.backbone.tables.width": w} for w in (width, 2)}
+    """Raw id histories against LoopFM, for VMs of two widths (table 4, whose VM is DMIN)."""
+    vm = config.vm.backbone
+    columns = {
+        f"{vm.name}, width {w}": {"vm.backbone.tables.width": w} for w in (vm.tables.width, 2)
+    }
     rows = ("base", "raw", "loopfm", "raw+loopfm")
     return _table("raw", "Raw id histories (paper: table 4)", rows, columns)
 
@@ -87,7 +101,7 @@ def length(config: Config) -> Table:
 
 def dim(config: Config) -> Table:
     """Numbers kept of a code: prefixes of one Matryoshka code, nothing retrained (table 5)."""
-    wide = {"fm.compressor.width": WIDTHS[-1], "fm.compressor.prefixes": WIDTHS}
+    wide = {"fm.compressor.prefixes": WIDTHS, "fm.compressor.width": WIDTHS[-1]}
     return _curve("dim", "Width d of the code (paper: table 5)", "export.prefix", WIDTHS, more=wide)
 
 
@@ -108,7 +122,9 @@ def growth(config: Config) -> Table:
 
 def code(config: Config) -> Table:
     """How a code is stored, kd+loopfm; residual quantisation with 4 and 8 bytes."""
-    kinds = {name: {"export.code": name} for name in ("fp32", "fp16", "int8", "int4", "kmeans4")}
+    plain = {"vm.encoder.trainable_codes": False}  # other codes name no vectors to train
+    names = ("fp32", "fp16", "int8", "int4", "kmeans4")
+    kinds = {name: {"export.code": name, **plain} for name in names}
     kinds |= {f"rq, {k} bytes": {"export.code": "rq", "export.books": k} for k in (4, 8)}
     cells = [Cell("base", "", "base", {})]
     cells += [Cell(name, "", "kd+loopfm", changes) for name, changes in kinds.items()]
@@ -119,7 +135,11 @@ def capacity(config: Config) -> Table:
     """FMs of growing size (table 10)."""
     cells = [Cell(size, "base", "base", {}) for size in CAPACITIES]
     for size, (width, hidden) in CAPACITIES.items():
-        changes = {"fm.backbone.tables.width": width, "fm.backbone.hidden": hidden}
+        changes = {
+            "fm.backbone.tables.width": width,
+            "fm.backbone.hidden": hidden,
+            "fm.backbone.heads": min(config.fm.backbone.heads, width),
+        }
         cells += [Cell(size, method, method, changes) for method in FOUR[1:]]
     return Table("capacity", "Size of the FM (paper: table 10)", tuple(cells), curve=True)
 
@@ -172,19 +192,34 @@ def outcome(config: Config) -> Table:
 
 
 def decomposition(config: Config) -> Table:
-    """The four VMs of the gain decomposition, without and with outcomes (PAPER section 4)."""
+    """The four VMs of the gain decomposition, without and with outcomes (PAPER section 4), and the
+    one of codes stored in full."""
     cells = []
     for column, side in (("plain", ""), ("with outcomes", "+outcome")):
         cells.append(Cell("x", column, "base", {}))
         for row, method in (("raw", "raw"), ("loopfm", "loopfm"), ("both", "raw+loopfm")):
             cells.append(Cell(row, column, method + side, {}))
+        cells.append(Cell("fp32", column, "loopfm" + side, {"export.code": "fp32"}))
     return Table("decomposition", "Gain decomposition", tuple(cells), reference="x")
 
 
 TABLES: dict[str, Callable[[Config], Table]] = {
     function.__name__: function
     for function in (
-        *(transfers, pooling, raw, tap, checkpoint, length, dim, growth, code, capacity, key),
+        *(
+            transfers,
+            unsequenced,
+            pooling,
+            raw,
+            tap,
+            checkpoint,
+            length,
+            dim,
+            growth,
+            code,
+            capacity,
+            key,
+        ),
         *(keep, outcome, stale, gap, seeds, decomposition),
     )
 }
