@@ -116,7 +116,7 @@ class Flow:
     @property
     def _structure(self) -> Stage:
         told = as_json(self.config.history)
-        for choice in ("side", "tap"):  # of the VM: they do not change the store
+        for choice in ("side", "tap", "raw"):  # of the VM: they do not change the store
             del told[choice]
         return self.stage(
             "structure",
@@ -152,6 +152,7 @@ class Flow:
             "histories": histories,
             "holdout": config.holdout,
             "tap": config.history.tap if inputs.keys() & {"export", "history"} else None,
+            "raw": (config.history.raw or None) if "raw" in found.contents else None,
         }
         branch = Path(SWAPPED if histories == "swapped" else self.trial)
         folder = self.judged(branch) / "vm" / method
@@ -257,6 +258,7 @@ class Flow:
             stage.inputs.get("export"),
             stage.inputs.get("history"),
             tap=stage.config["tap"],
+            raw=stage.config["raw"] or (),
             swap=histories == "swapped",
         )
         found = find_method(method, side=self.config.history.side)

@@ -14,7 +14,7 @@ from loopfm_jax.data.schema import Field, Numeric, Schema
 from loopfm_jax.history import codes
 from loopfm_jax.history.codes import Codec
 from loopfm_jax.history.encoders import EncoderConfig
-from loopfm_jax.history.reader import Entries, Past, Reading
+from loopfm_jax.history.reader import Entries, Past, Reading, raw_fields
 from loopfm_jax.tables import TableConfig
 from loopfm_jax.vm.methods import Method, find_method
 from loopfm_jax.vm.student import DistilConfig, Student, VMConfig
@@ -76,9 +76,12 @@ def make_past(code: codes.Code = "fp32") -> Past:
     return Past({key: entries() for key in KEYS}, {tap: Codec(code, Z) for tap in TAPS})
 
 
-def make_reading(method: Method, keys: tuple[str, ...] = KEYS) -> Reading:
+def make_reading(
+    method: Method, keys: tuple[str, ...] = KEYS, raw: tuple[str, ...] = ()
+) -> Reading:
     codecs = {tap: Codec("fp32", Z) for tap in TAPS}
-    return Reading(method.contents, keys, method.side, codecs, "hidden_0")
+    fields = raw_fields(SCHEMA, raw)
+    return Reading(method.contents, keys, method.side, codecs, "hidden_0", fields)
 
 
 def make(name: str) -> Student:

@@ -1,5 +1,7 @@
-"""Trainable codes: bytes name rows of a table of the VM instead of the FM's vectors."""
+"""Trainable codes: bytes name rows of a table of the VM instead of the FM's vectors. The choice of
+fields of raw histories."""
 
+import shutil
 from dataclasses import replace
 
 import jax
@@ -13,12 +15,14 @@ from noise import noisy, parts
 from loopfm_jax.config import Config
 from loopfm_jax.data.schema import Field, Schema
 from loopfm_jax.errors import UserError
+from loopfm_jax.flow import Flow
 from loopfm_jax.fm.exporter import ExportConfig
 from loopfm_jax.fm.teacher import FMConfig
 from loopfm_jax.history import packing
 from loopfm_jax.history.codes import Codec
 from loopfm_jax.history.encoders import EncoderConfig
 from loopfm_jax.history.reader import CODE_RMS, Entries, Past, Readers, Reading
+from loopfm_jax.history.store import HistoryConfig
 from loopfm_jax.tables import TableConfig
 from loopfm_jax.vm.student import VMConfig
 
@@ -90,3 +94,30 @@ def test_a_vm_trains_and_serves_them(tmp_path, capsys):
     fields = 2 * 4 * 8  # of the first hidden layer
     more = found["methods"]["loopfm"]["params"] - found["methods"]["base"]["params"]
     assert more == 2 * 256 * 4 + fixed + fields
+
+
+def test_a_choice_of_raw_fields_makes_another_vm_from_the_same_store(tmp_path, capsys):
+    command = CommandLine(tmp_path, capsys)
+    options = ("--methods", "raw", "--seeds", "1", "--vm.encoder.name", "mean")
+    params = command.succeed("run", *options)["methods"]["raw"]["params"]  # item_id, topic
+    store = (command.workdir / "history/manifest.json").stat().st_mtime_ns
+    chosen = (*options, "--history.raw", "surface", "user_id", "hour")
+    assert "raw was None, now ['surface', 'user_id', 'hour']" in command.fail(
+        command.argv("run", *chosen)
+    )
+    shutil.rmtree(command.workdir / "vm/raw")
+    assert command.succeed("run", *chosen)["methods"]["raw"]["params"] == params + 4 * 32
+    assert (command.workdir / "history/manifest.json").stat().st_mtime_ns == store
+    shutil.rmtree(command.workdir / "vm/raw")
+    hidden = command.fail(command.argv("run", *options, "--history.raw", "signal"))
+    assert "names 'signal'" in hidden and "(user_id, topic, hour, surface, item_id)" in hidden
+
+
+def test_only_vms_that_read_raw_histories_are_told_of_the_fields(tmp_path):
+    config = Config(workdir=tmp_path)
+    one, two = (
+        Flow(replace(config, history=HistoryConfig(raw=raw)), shared=True)
+        for raw in ((), ("item_id",))
+    )
+    assert one.history == two.history and one.vm("loopfm", 0) == two.vm("loopfm", 0)
+    assert one.vm("raw", 0) != two.vm("raw", 0)

@@ -33,13 +33,15 @@ from student_cases import (
 )
 
 from loopfm_jax.backbones import build
+from loopfm_jax.data.schema import Field
 from loopfm_jax.errors import UserError
 from loopfm_jax.history import codes, packing
 from loopfm_jax.history.codes import Codec
 from loopfm_jax.history.encoders import EncoderConfig
 from loopfm_jax.history.join import Join
-from loopfm_jax.history.reader import Past, Readers
+from loopfm_jax.history.reader import Past, Readers, raw_fields
 from loopfm_jax.history.store import Exported, Histories, Store
+from loopfm_jax.sharding import MeshConfig, make_mesh
 from loopfm_jax.tables import TableConfig
 from loopfm_jax.vm.methods import find_method
 from loopfm_jax.vm.student import ADAPTER_HIDDEN, DistilConfig, Student, now_taps
@@ -248,6 +250,43 @@ def test_raw_and_soft_entries_are_ids_through_the_table_and_soft_labels():
     np.testing.assert_array_equal(raw_TX[: LENGTH.sum()], expected)
     np.testing.assert_array_equal(soft_TX[: LENGTH.sum(), 0], np.asarray(entries.soft)[rows])
     assert not raw_TX[LENGTH.sum() :].any() and not soft_TX[LENGTH.sum() :].any()
+
+
+@pytest.mark.parametrize("chosen", [(), ("user",), ("cate", "user", "item")])
+def test_raw_entries_are_the_chosen_ids_of_the_rows_they_were(chosen):
+    ids = np.random.default_rng(3).integers(1, 17, (16, 3))
+    row, unread, first = np.array([3, 0, 2, 2]), np.zeros(4), 10
+    store = Store({}, row, unread, unread, unread, unread, unread)
+    reading = make_reading(find_method("raw"), ("key",), chosen)
+    inputs = SimpleNamespace(schema=SCHEMA, log={"ids": ids})
+    join = Join(inputs, Histories({"key": store}, {}, 3, start_ms=0), reading, first)  # type: ignore
+    entries = join.past(make_mesh(MeshConfig()), encoder="mean").entries["key"]
+    wanted, column = chosen or ("item", "cate"), {"user": 0, "item": 1, "cate": 2}
+    expected = [[ids[first + r, column[name]] for name in wanted] for r in row]
+    assert np.asarray(entries.ids_SF).tolist() == expected
+    tables = VM.backbone.tables
+    readers = noisy(lambda rngs: Readers(reading, SCHEMA, VM.encoder, tables, rngs=rngs))
+    assert count(readers) == len(wanted) * E * 4 + (4 + 1) * VM.encoder.fields * E
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (("cat",), r"history.raw names 'cat', .* \(user, item, cate\)"),
+        (("price",), "names 'price'"),
+        (("picture",), "names 'picture'"),
+        (("past",), "names 'past'"),
+        (("item", "item"), "name each field once"),
+    ],
+)
+def test_raw_fields_are_categorical_with_trained_tables(chosen, message):
+    others = (Field("picture", 9, frozen_width=2), Field("past", 6, "sequence", 5, shares="item"))
+    item = (*SCHEMA.item, "picture")
+    schema = replace(SCHEMA, fields=(*SCHEMA.fields, *others), item=item)
+    assert raw_fields(schema) == ("item", "cate")
+    assert raw_fields(schema, ("user", "cate")) == ("user", "cate")
+    with pytest.raises(UserError, match=message):
+        raw_fields(schema, chosen)
 
 
 def test_a_fresh_student_starts_from_the_base_model():

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from loopfm_jax import sharding
 from loopfm_jax.history.encoders import TIMED
 from loopfm_jax.history.packing import budget
-from loopfm_jax.history.reader import Entries, Past, Reading, raw_fields
+from loopfm_jax.history.reader import Entries, Past, Reading
 from loopfm_jax.history.store import Histories, Store
 from loopfm_jax.inputs import Inputs
 
@@ -72,7 +72,6 @@ class Join:
         )
 
     def _ids(self, store: Store) -> np.ndarray:
-        schema = self.inputs.schema
-        names = [f.name for f in schema.categorical]
-        columns = [names.index(name) for name in raw_fields(schema)]
+        names = [f.name for f in self.inputs.schema.categorical]
+        columns = [names.index(name) for name in self.reading.raw]
         return self.inputs.log["ids"][self.first + store.row][:, columns]

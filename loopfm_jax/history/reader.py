@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx, struct
 
 from loopfm_jax.data.schema import Schema
+from loopfm_jax.errors import UserError
 from loopfm_jax.history.codes import Codec, dequantise, look_up
 from loopfm_jax.history.encoders import ENCODERS, Attentive, EncoderConfig
 from loopfm_jax.history.packing import Tokens, pack
@@ -38,7 +39,7 @@ class Entries:
     codes: dict[str, Array]
     """tap -> [S, columns]."""
     ids_SF: Array | None
-    """Fused ids of the candidate's fields, in the reading model's id space."""
+    """Fused ids of the fields of `raw`, in the reading model's id space."""
     seconds: Array | None
     outcome: Array | None
     soft: Array | None
@@ -67,6 +68,8 @@ class Reading:
     """By tap."""
     tap: str
     """The tap of `loopfm`; `item-only` reads the tap `item`."""
+    raw: tuple[str, ...] = ()
+    """The fields of `raw`, see `raw_fields`."""
 
     @property
     def parts(self) -> tuple[tuple[str, Content], ...]:
@@ -76,16 +79,29 @@ class Reading:
     def tap_of(self, content: Content) -> str | None:
         return {"loopfm": self.tap, "item-only": "item"}.get(content)
 
-    def width(self, content: Content, schema: Schema, tables: TableConfig) -> int:
+    def width(self, content: Content, tables: TableConfig) -> int:
         """Numbers per token."""
         tap = self.tap_of(content)
-        own = {"soft": 1, "raw": len(raw_fields(schema)) * tables.width}
+        own = {"soft": 1, "raw": len(self.raw) * tables.width}
         return (self.codecs[tap].width if tap else own[content]) + len(self.side)
 
 
-def raw_fields(schema: Schema) -> tuple[str, ...]:
-    """The candidate's fields whose ids `raw` histories hold: those with trained tables."""
-    return tuple(name for name in schema.item if not schema[name].frozen_width)
+def raw_fields(schema: Schema, chosen: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The fields whose ids `raw` histories hold: `chosen`, or the candidate's with trained tables.
+
+    Raises:
+      UserError: `chosen` names a field twice, or one that the schema has no trained table for.
+    """
+    trained = [f.name for f in schema.categorical if not f.frozen_width]
+    for name in chosen:
+        if name not in trained:
+            raise UserError(
+                f"history.raw names {name!r}, which is no categorical field with a trained table "
+                f"that vertical models see ({', '.join(trained)})"
+            )
+    if len(set(chosen)) != len(chosen):
+        raise UserError(f"history.raw is {list(chosen)}: name each field once")
+    return chosen or tuple(name for name in schema.item if name in trained)
 
 
 class Readers(nnx.Module):
@@ -113,7 +129,7 @@ class Readers(nnx.Module):
         self.fields = config.fields * len(self.parts)
         query = len(schema.item) * tables.width
         self.encoders = nnx.List(
-            ENCODERS[config.name](reading.width(content, schema, tables), query, config, rngs=rngs)
+            ENCODERS[config.name](reading.width(content, tables), query, config, rngs=rngs)
             for _, content in self.parts
         )
         self.books = nnx.List(

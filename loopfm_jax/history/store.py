@@ -36,6 +36,9 @@ class HistoryConfig(SliceConfig):
     """`positive`: only entries whose outcome was 1 (watched-only histories)."""
     tap: str | None = None
     """The exported tap that LoopFM reads; default: the first of fm.taps. A choice of the VM."""
+    raw: tuple[str, ...] = ()
+    """Categorical fields whose ids a `raw` history holds; empty: those of the candidate that have
+    trained tables. A choice of the VM."""
     side: tuple[Side, ...] = ()
     """Told to the encoders of every method; the paper tells nothing."""
 

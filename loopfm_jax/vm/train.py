@@ -16,7 +16,7 @@ from loopfm_jax.data.raw import Holdout, vm_windows
 from loopfm_jax.errors import UserError
 from loopfm_jax.history.join import Join
 from loopfm_jax.history.keys import key_values
-from loopfm_jax.history.reader import Past, Reading
+from loopfm_jax.history.reader import Past, Reading, raw_fields
 from loopfm_jax.history.store import Exported, open_export, open_histories, swapped
 from loopfm_jax.inputs import Inputs, open_inputs
 from loopfm_jax.vm.methods import Method
@@ -64,6 +64,8 @@ class Sources:
     """For methods that read histories."""
     tap: str | None = None
     """The tap LoopFM reads; default: the first that was exported."""
+    raw: tuple[str, ...] = ()
+    """The fields whose ids `raw` histories hold; default: the candidate's."""
     swap: bool = False
     """Every example reads the history of another key (a control)."""
 
@@ -88,6 +90,7 @@ def open_examples(sources: Sources, config: VMConfig, method: Method) -> Example
         side=method.side,
         codecs=told.codecs if told else {},
         tap=sources.tap or (facts[0]["taps"][0] if facts else ""),
+        raw=raw_fields(inputs.schema, sources.raw),
     )
     _check_taps(method, reading, inputs.schema.entity)
     join = Join(inputs, histories, reading, first) if histories else None
