@@ -53,6 +53,7 @@ def test_histories_by_several_keys_and_of_positive_entries(tmp_path, capsys):
     """By a plain rule on the stores on disk, and through a VM that reads both."""
     loopfm = CommandLine(tmp_path, capsys)
     told = ["--history.keys", "key", "item_id+key", "--history.keep", "positive"]
+    told += ["--fm.taps", "hidden_0", "item"]
     loopfm.succeed("run", "--methods", "loopfm", *told)
     log, splits = load(loopfm.workdir / "data")
     first = splits["vm"].start
@@ -69,4 +70,7 @@ def test_histories_by_several_keys_and_of_positive_entries(tmp_path, capsys):
             if len(may) > 5:
                 assert logged[seen].min() >= np.sort(logged[may])[-5]
     facts = json.loads((loopfm.workdir / "history/manifest.json").read_text())["facts"]
+    codes = [np.load(path) for path in (loopfm.workdir / "history").glob("*/codes_*.npy")]
+    assert len(codes) == 4  # two kinds of key, two taps
+    assert facts["store_bytes"] == sum(code.nbytes for code in codes)
     assert set(facts["keys"]) == {"key", "item_id+key"}

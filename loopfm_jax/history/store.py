@@ -113,6 +113,10 @@ def structure(
     Args:
       keys: kind of key -> integer keys of the examples.
       time, logged_time, outcome: of the examples.
+
+    Returns:
+      Among others `store_bytes`, of the codes of all stores and taps, and `bytes_per_row`, of one
+      code of the first tap.
     """
     start_ms = int(logged_time.min())
     kept = np.arange(len(time)) if config.keep == "all" else np.flatnonzero(outcome)
@@ -139,15 +143,17 @@ def structure(
         _save(folder, arrays)
         found[name] = _facts(length)
     _save(directory, {f"book_{tap}": book for tap, book in exported.books.items()})
-    codes = exported.codes[exported.facts["taps"][0]]
+    bytes_per_row = {
+        tap: int(codes.shape[1] * codes.itemsize) for tap, codes in exported.codes.items()
+    }
     return {
         **{name: exported.facts[name] for name in ("code", "width", "taps", "first", "cutoffs")},
         "longest": config.length,
         "start_ms": start_ms,
         "entries": len(kept),
         "keys": found,
-        "store_bytes": len(kept) * codes.shape[1] * codes.itemsize,
-        "bytes_per_row": int(codes.shape[1] * codes.itemsize),
+        "store_bytes": len(keys) * len(kept) * sum(bytes_per_row.values()),
+        "bytes_per_row": bytes_per_row[exported.facts["taps"][0]],
     }
 
 
