@@ -255,6 +255,20 @@ def test_refuses_tables_that_are_none(tmp_path, keys):
         replace(SETS["kuai"][0], raw_dir=raw).read()
 
 
+@pytest.mark.parametrize("kept", ["together", "apart"])
+def test_files_may_lie_in_the_data_folder(tmp_path, kept):
+    """All of them, or what was unpacked beside what was downloaded apart."""
+    raw, log = write_bars(tmp_path / "raw", kuai_rows), tmp_path / "log"
+    source = replace(SETS["kuai"][0], raw_dir=raw)
+    prints = source.fingerprint()
+    expected = files_of(prepared_from(source, log))
+    (raw / "data").mkdir()
+    for name in prints if kept == "together" else (VISUAL,):
+        (raw / name).rename(raw / "data" / name)
+    assert source.fingerprint() == prints
+    assert files_of(prepared_from(source, tmp_path / "other")) == expected
+
+
 def test_the_fingerprint_names_every_file(tmp_path):
     raw = write_bars(tmp_path / "raw", kuai_rows)
     source = replace(SETS["kuai"][0], raw_dir=raw)

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from loopfm_jax.data.bars import CHUNKS, PARTS, Layout, read_bars
-from loopfm_jax.data.files import find_table
+from loopfm_jax.data.files import find_file, find_table
 from loopfm_jax.data.raw import Card, Pretrained, RawLog, Windows
 from loopfm_jax.data.schema import Behaviour
 from loopfm_jax.errors import UserError, check_limits
@@ -143,9 +143,9 @@ class KuaiVideoX1(Bars):
 
     @property
     def _visual(self) -> Path:
-        path = (self.raw_dir or Path()) / VISUAL
-        if not path.is_file():
-            raise UserError(f"{path} is missing: it comes with the data set")
+        path = find_file(self.raw_dir, VISUAL)
+        if path is None:
+            raise UserError(f"{VISUAL} is missing in {self.raw_dir}: it comes with the data set")
         return path
 
     def read(self) -> RawLog:
@@ -167,7 +167,6 @@ class KuaiVideoX1(Bars):
                 "test": "ba26c01caaf6c65c272af11aa451fc7a",
             },
         )
-        find_table(self.raw_dir, "train")  # the folder is there, before its table is looked for
         return self._read(layout, pretrained={"item_emb": read_embeddings(self._visual)})
 
 

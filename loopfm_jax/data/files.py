@@ -15,18 +15,21 @@ PARQUET = (".parquet", ".pq")
 
 
 def find_table(folder: Path | None, name: str, *, needed: bool = True) -> Path | None:
-    """`name.csv` or `name.csv.gz` in `folder` or its `data/` sub-folder (the release's layout)."""
+    """`name.csv` or `name.csv.gz`, found as `find_file` does."""
+    path = find_file(folder, f"{name}.csv", f"{name}.csv.gz")
+    if path is None and needed:
+        raise UserError(f"{folder} holds neither {name}.csv nor {name}.csv.gz")
+    return path
+
+
+def find_file(folder: Path | None, *names: str) -> Path | None:
+    """The first of `names` in `folder` or its `data/` sub-folder (the release's layout)."""
     if folder is None:
         raise UserError("where is the data? give the folder of its files with --data.raw-dir")
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: check --data.raw-dir")
-    for parent in (folder, folder / "data"):
-        for suffix in (".csv", ".csv.gz"):
-            if (parent / (name + suffix)).exists():
-                return parent / (name + suffix)
-    if needed:
-        raise UserError(f"{folder} holds neither {name}.csv nor {name}.csv.gz")
-    return None
+    paths = (parent / name for parent in (folder, folder / "data") for name in names)
+    return next((path for path in paths if path.exists()), None)
 
 
 def read_csv(
