@@ -9,5 +9,6 @@ parity (tests/test_peers.py), and a speed to compare with.
 
 Layers are FuxiCTR's own where its package has them: embeddings, first-order weights, inner
 products, cross layers, DIN's attention, Dice, MLP. DIEN, DMR, DMIN and FmFM are not in the package;
-theirs are written here from their definitions (PAPER section 5).
+theirs are written here from their definitions (PAPER section 5). The extra also installs
+deepctr-torch, which belongs to the list of peers; no parity test uses it.
 """
