@@ -44,7 +44,8 @@ def get_config() -> Config:
             train=TrainConfig(OrderConfig(order="shuffled", epochs=2, batch=8192), OPTIM),
         ),
         export=ExportConfig(code="fp32"),
-        history=HistoryConfig(length=50),
+        # The paper's raw histories hold a bucketised price as well; here the price is a number.
+        history=HistoryConfig(length=50, raw=("adgroup_id", "campaign_id", "customer")),
         vm=VMConfig(
             backbone=BackboneConfig("deepfm", tables=TABLES, behaviours=True),
             encoder=EncoderConfig(name="dmin", width=32, heads=4),
