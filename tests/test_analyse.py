@@ -59,6 +59,8 @@ def test_an_analysis_of_a_trained_vm(loopfm):
     assert {c["by"] for c in found["classes"]} == {"age", "item_id", "topic", "outcome"}
     assert "same topic" in (loopfm.workdir / "analysis.md").read_text()
     assert "Attention by the age" in (loopfm.workdir / "analysis.html").read_text()
+    message = loopfm.fail(loopfm.argv("analyse", *options, "--vm.encoder.score-hidden", "9"))
+    assert "made with another configuration (vm.encoder.score_hidden was" in message
     loopfm.succeed("analyse", "--methods", "loopfm", "--vm.encoder.name", "mean")
     found = json.loads((loopfm.workdir / "analysis.json").read_text())["attention"]
     assert found == {"missing": "the encoder mean has no attention"}

@@ -67,6 +67,11 @@ def test_commands(loopfm):
     has(loopfm.fail(["prepare", "--seeds", "2"]), "which configuration?")
 
 
+def test_what_cannot_be_anchored(loopfm):
+    options = ("--export.refresh", "anchored", "--fm.compressor.kind", "pca")
+    has(loopfm.refuse("export", *options), "pca has nothing to train", "use linear")
+
+
 def test_no_arguments_show_the_commands(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
+from loopfm_jax import stages
 from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.config import Config, load
 from loopfm_jax.data.schema import Behaviour, Field, Schema
@@ -196,6 +197,19 @@ def test_choices_of_the_vm_alone_are_experiments_of_their_own(loopfm):
     aucs = [cell["auc"] for cell in line["tables"]["tap"]]
     assert len(aucs) == 5 and len(set(aucs)) == 5
     assert len(list(loopfm.workdir.glob("structure/*"))) == 1
+
+
+def test_force_redoes_every_stage_once(loopfm, monkeypatch):
+    made = []
+
+    def count(stage, work, *, force=False):
+        made.extend([stage.directory] if force else [])
+        return run(stage, work, force=force)
+
+    run = stages.run
+    monkeypatch.setattr(stages, "run", count)
+    loopfm.succeed("study", "--tables=seeds", "--vm.encoder.name", "mean", "--force")
+    assert len(made) == len(set(made)) == 4 + 4  # prepare to structure, and four VMs
 
 
 def test_an_unknown_table_is_refused(loopfm):
