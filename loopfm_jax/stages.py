@@ -78,7 +78,7 @@ def run(
     _refuse_foreign(stage.directory)
     made_from = {name: verify(path)["content"] for name, path in stage.inputs.items()}
     made_from |= stage.sources
-    config = json.loads(json.dumps(dict(stage.config), default=str))
+    config = _as_stored(stage.config)
     if (stage.directory / MANIFEST).exists() and not force:
         manifest = _read(stage.directory)
         _same_config(stage, manifest["config"], config)
@@ -157,9 +157,13 @@ def require(stage: Stage) -> Report:
       UserError: it is not.
     """
     manifest = verify(stage.directory)
-    config = json.loads(json.dumps(dict(stage.config), default=str))
-    _same_config(stage, manifest["config"], config)
+    _same_config(stage, manifest["config"], _as_stored(stage.config))
     return manifest
+
+
+def _as_stored(value: Any) -> Any:
+    """A JSON value as a manifest holds it: tuples are lists, paths are text."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _manifest(directory: Path) -> Report:
@@ -272,7 +276,7 @@ def _sealed(manifest: Report) -> Report:
 
 def digest(value: Any) -> str:
     """A short name for a JSON value."""
-    return _digest(json.loads(json.dumps(value, default=str)))[:12]
+    return _digest(_as_stored(value))[:12]
 
 
 def _digest(value: Report) -> str:

@@ -22,7 +22,7 @@ from loopfm_jax.inputs import Inputs, open_inputs
 Labels = Literal["true", "shuffled"]
 Span = Literal["whole", "first-half"]
 SAMPLE = 20_000
-"""Rows of the FM window on which compressors and codes are fitted and their losses measured."""
+"""Rows that are enough to fit a compressor or a code, or to measure what it is like."""
 FIT_BATCH = 4096
 
 

@@ -159,10 +159,10 @@ class Readers(nnx.Module):
         past: the stores.
         lookup: fused ids -> rows of the model's table.
         """
-        read = self._read(batch, embedded, past, lookup)
+        read = self._encoder_inputs(batch, embedded, past, lookup)
         fields = []
-        for encoder, summary, args in zip(self.encoders, self.summaries, read, strict=True):
-            summary_BX = summary(encoder(*args))
+        for encoder, summary, inputs in zip(self.encoders, self.summaries, read, strict=True):
+            summary_BX = summary(encoder(*inputs))
             fields.append(summary_BX.reshape(len(summary_BX), -1, self.width))
         return jnp.concatenate(fields, axis=1)
 
@@ -175,24 +175,24 @@ class Readers(nnx.Module):
     ) -> list[jax.Array | None]:
         """What every part's encoder attends to, mean over its interests, [B,L], the newest entry
         first, zeros behind the last; None of an encoder without attention."""
-        read = self._read(batch, embedded, past, lookup)
+        read = self._encoder_inputs(batch, embedded, past, lookup)
         found: list[jax.Array | None] = []
-        for encoder, args in zip(self.encoders, read, strict=True):
+        for encoder, (value_TX, query_BQ, tokens) in zip(self.encoders, read, strict=True):
             if not isinstance(encoder, Attentive):
                 found.append(None)
                 continue
-            weight_T = jnp.mean(jnp.stack([w_T for w_T, _ in encoder.interests(*args)]), axis=0)
-            found.append(args[2].pad(weight_T))
+            weights = [w_T for w_T, _ in encoder.interests(value_TX, query_BQ, tokens)]
+            found.append(tokens.pad(jnp.mean(jnp.stack(weights), axis=0)))
         return found
 
-    def _read(
+    def _encoder_inputs(
         self,
         batch: Mapping[str, Any],
         embedded: Embedded,
         past: Past,
         lookup: Callable[[jax.Array], jax.Array],
     ) -> list[tuple[jax.Array, jax.Array, Tokens]]:
-        """What every part's encoder is called with."""
+        """Of every part: values of its tokens, the query, the tokens."""
         query_BQ = jnp.concatenate([embedded.fields[name] for name in self.item], axis=1)
         tokens = {key: self._tokens(batch, key, past.entries[key]) for key in self.keys}
         return [

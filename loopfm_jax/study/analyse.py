@@ -2,7 +2,7 @@
 (PAPER section 3, embedding facts).
 
 Reads a finished `export` and a trained VM; writes analysis.json, .md, .html and the pictures. Codes
-are taken as a VM reads them, after quantisation, of up to `SAMPLE` rows of the judged window.
+are taken as a VM reads them, after quantisation, of a sample of the judged window.
 """
 
 import json
@@ -18,6 +18,7 @@ from markupsafe import Markup
 from loopfm_jax import stages
 from loopfm_jax.data.log import load
 from loopfm_jax.flow import Flow
+from loopfm_jax.fm.train import sample
 from loopfm_jax.history.codes import dequantise
 from loopfm_jax.history.store import open_export
 from loopfm_jax.page import page
@@ -26,10 +27,10 @@ from loopfm_jax.report import finite, pipes, replace_file, text_of
 from loopfm_jax.report_parts import Grid
 from loopfm_jax.study.attention import analyse_attention
 from loopfm_jax.study.codes import neighbours, principal, profiles, spectrum, spread
-from loopfm_jax.study.render import Section, drift_text
+from loopfm_jax.study.notes import drift_text
+from loopfm_jax.study.render import Section
 from loopfm_jax.svg import INK, RC, SERIES, new_axes, render, style
 
-SAMPLE = 20_000
 SHOWN = 2_000
 """Points of a picture."""
 INTRODUCTION = (
@@ -47,8 +48,7 @@ def analyse(flow: Flow, *, command: str) -> dict[str, Any]:
     exported = open_export(flow.exported, facts)
     log, splits = load(flow.data)
     judged = splits[flow.config.holdout]
-    rows = np.arange(judged.start, judged.stop)
-    rows = rows[:: -(-len(rows) // SAMPLE)]
+    rows = sample(np.arange(judged.start, judged.stop))
     example = rows - facts["first"]
     soft, outcome = exported.soft[example], log["label"][rows]
     found: dict[str, Any] = {"dataset": flow.config.data.name, "rows": len(rows), "taps": {}}

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from loopfm_jax import infer
 from loopfm_jax.flow import Flow
+from loopfm_jax.fm.train import sample
 from loopfm_jax.history.encoders import ENCODERS, Attentive
 from loopfm_jax.history.reader import Past, raw_fields
 from loopfm_jax.history.store import Store
@@ -20,7 +21,6 @@ from loopfm_jax.vm.methods import find_method
 from loopfm_jax.vm.student import Student
 from loopfm_jax.vm.train import Examples, load_vm
 
-SAMPLE = 20_000
 AGES = {
     "under 1 minute": 60,
     "1 to 10 minutes": 600,
@@ -84,14 +84,14 @@ def attend(
     model: Student, examples: Examples, *, encoder: str, holdout: str, mesh: Mesh
 ) -> Attended:
     """The attention that candidates of the judged window pay to codes, by the first kind of key;
-    of up to SAMPLE rows with two entries or more."""
+    of a sample of the rows with two entries or more."""
     join = examples.join
     assert join is not None
     part = examples.reading.parts.index((examples.reading.keys[0], "loopfm"))
     store = join.histories.stores[examples.reading.keys[0]]
     judged = examples.inputs.rows(holdout)
     rows = judged[np.asarray(store.length)[judged - join.first] > 1]
-    rows = rows[:: max(1, -(-len(rows) // SAMPLE))]
+    rows = sample(rows)
     weight_NL = np.zeros((len(rows), join.histories.longest), np.float32)
 
     def step(model: Student, batch: dict[str, Any], past: Past) -> dict[str, jax.Array]:

@@ -13,8 +13,6 @@ from loopfm_jax.study.cells import Cell, Table
 from loopfm_jax.study.paper import Numbers, published
 from loopfm_jax.study.run import Result, Results
 
-KINDS = {True: "as_published", False: "other_way"}
-
 
 def summarise(table: Table, results: Results, *, dataset: str = "") -> dict[str, Any]:
     """The table as JSON: `rows`, `columns`, and per cell the numbers of `_numbers`."""
@@ -59,8 +57,8 @@ def _order(
             differences = _differences(cells[better], cells[worse])
             if len(differences) > 1:
                 t = differences.mean() / max(_standard_error(differences), 1e-12)
-                kind = "within_error" if abs(t) < CLEAR else KINDS[t > 0]
-                found[kind].append([worse[0], better[0]])
+                clear = "as_published" if t > 0 else "other_way"
+                found[clear if abs(t) >= CLEAR else "within_error"].append([worse[0], better[0]])
     return found
 
 
