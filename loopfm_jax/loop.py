@@ -106,11 +106,7 @@ def train(
     if start is not None:
         params, rest = jax.tree.map(jnp.copy, _parts(start))  # the step donates what it is given
         state = jax.device_put(replace(state, params=params, rest=rest), shardings)
-    step = jax.jit(
-        _step(graphdef, task.loss, optimiser),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-    )
+    step = make_step(task, optimiser, graphdef, shardings)
     batches = iterate(source)
     with checkpoint.Saver(directory, every=config.checkpoint_steps) as saver:
         state, past = saver.restore(state, batches)
@@ -152,13 +148,17 @@ def _parts(model: nnx.Module) -> tuple[Any, Any]:
     return nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
 
 
-def _step(graphdef: Any, loss: Any, optimiser: optax.GradientTransformation) -> Callable[..., Any]:
+def make_step(
+    task: Trainable, optimiser: optax.GradientTransformation, graphdef: Any, shardings: State
+) -> Callable[..., Any]:
+    """The jitted step (state, batch, constants) -> (state, numbers); the old state is donated."""
+
     def step(state: State, batch: dict[str, jax.Array], constants: Any) -> tuple[State, Any]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
 
         def objective(params: Any) -> tuple[jax.Array, Any]:
             model = nnx.merge(graphdef, params, state.rest)
-            value, numbers = loss(model, batch, constants, key)
+            value, numbers = task.loss(model, batch, constants, key)
             return value, (numbers, _parts(model)[1])
 
         gradients, (numbers, rest) = jax.grad(objective, has_aux=True)(state.params)
@@ -166,7 +166,7 @@ def _step(graphdef: Any, loss: Any, optimiser: optax.GradientTransformation) -> 
         params = jax.tree.map(lambda p, u: p + u, state.params, updates)
         return State(state.step + 1, state.seed, params, rest, moments), numbers
 
-    return step
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def _on_device(
