@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from loopfm_jax.data.batches import Batch
-from loopfm_jax.data.log import Log, load
+from loopfm_jax.data.log import Events, Log, load
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.history.slices import SliceConfig, slices
+from loopfm_jax.packing import budget
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,25 @@ class Inputs:
         return np.concatenate([np.r_[self.splits[s]] for s in splits])
 
     def batch(self, rows: np.ndarray) -> Batch:
-        """`ids_BC`, `floats_BN`, `label_B` of the given row numbers."""
-        parts, slots = [self.log["ids"][rows]], {}
-        for f in self.schema.sequences:
-            at = (f.slices or f.name, f.length)
-            if at not in slots:
-                slots[at] = self.log.slots(f.name, rows, length=f.length)
-            parts.append(self.log.fill(f.name, slots[at]))
+        """`ids_BF`, `floats_BN`, `label_B` of the given row numbers, and `events` by group of
+        sequences: `ids_TG`, filled up to a token budget, and `length_B`."""
         floats = self.log.columns.get("floats")
         return {
-            "ids_BC": np.concatenate(parts, axis=1),
+            "ids_BF": self.log["ids"][rows],
             "floats_BN": np.zeros((len(rows), 0), np.float32) if floats is None else floats[rows],
             "label_B": self.log["label"][rows].astype(np.float32),
+            "events": {
+                group: _budgeted(self.log.events(names, rows), self.schema[group].length)
+                for group, names in self.schema.groups.items()
+            },
         }
+
+
+def _budgeted(events: Events, longest: int) -> Batch:
+    slots = budget(events.length_B, longest=longest)
+    ids_TG = np.zeros((slots, events.ids_TG.shape[1]), np.int32)
+    ids_TG[: len(events.ids_TG)] = events.ids_TG
+    return {"ids_TG": ids_TG, "length_B": events.length_B}
 
 
 def open_inputs(directory: Path, *, reader: str, behaviours: bool) -> Inputs:

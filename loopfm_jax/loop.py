@@ -15,14 +15,13 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx, struct
 from jax.sharding import Mesh
 
 from loopfm_jax import checkpoint, memory, sharding
 from loopfm_jax.data.batches import Assemble, Batch, GlobalBatches, OrderConfig, iterate
 from loopfm_jax.errors import UserError, check_limits
-from loopfm_jax.optim import OptimConfig, make_optimiser
+from loopfm_jax.optim import OptimConfig, Optimiser, make_optimiser
 from loopfm_jax.progress import track
 from loopfm_jax.tables import with_pretrained
 
@@ -126,7 +125,7 @@ def train(
 
 def create(
     build: Callable[[nnx.Rngs], nnx.Module],
-    optimiser: optax.GradientTransformation,
+    optimiser: Optimiser,
     mesh: Mesh,
     seed: int,
 ) -> tuple[Any, State, State]:
@@ -149,21 +148,20 @@ def _parts(model: nnx.Module) -> tuple[Any, Any]:
 
 
 def make_step(
-    task: Trainable, optimiser: optax.GradientTransformation, graphdef: Any, shardings: State
+    task: Trainable, optimiser: Optimiser, graphdef: Any, shardings: State
 ) -> Callable[..., Any]:
     """The jitted step (state, batch, constants) -> (state, numbers); the old state is donated."""
 
     def step(state: State, batch: dict[str, jax.Array], constants: Any) -> tuple[State, Any]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
 
-        def objective(params: Any) -> tuple[jax.Array, Any]:
-            model = nnx.merge(graphdef, params, state.rest)
+        def loss(model: nnx.Module) -> tuple[jax.Array, Any]:
             value, numbers = task.loss(model, batch, constants, key)
             return value, (numbers, _parts(model)[1])
 
-        gradients, (numbers, rest) = jax.grad(objective, has_aux=True)(state.params)
-        updates, moments = optimiser.update(gradients, state.optimiser, state.params)
-        params = jax.tree.map(lambda p, u: p + u, state.params, updates)
+        params, moments, (numbers, rest) = optimiser.learn(
+            loss, graphdef, state.params, state.rest, state.optimiser
+        )
         return State(state.step + 1, state.seed, params, rest, moments), numbers
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

@@ -5,12 +5,17 @@ are. Padded: L slots per example. Both are the same `Tokens`, so an encoder is w
 give the same answer for either (a contract test). Within an example the most recent entry is first.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-BUDGETS = (1 / 8, 1 / 4, 1 / 2, 1)  # of B * L: few shapes, so that few programs compile
+BLOCK = 2048
+"""Large budgets are multiples of this: what runs over tokens block by block needs no remainder."""
+LARGE = 32 * BLOCK
+"""Slots B * L from which on a program takes longer to run than to compile: finer budgets pay."""
 
 
 @struct.dataclass
@@ -65,10 +70,25 @@ class Tokens:
         return padded.reshape(-1, *padded.shape[2:]).at[self._place_T].get(mode="clip")
 
     @property
+    def column_T(self) -> jax.Array:
+        """Place in a history of L that is padded in front: L - 1 = the most recent entry."""
+        return self.length - 1 - self.rank_T
+
+    def mean(self, per_token: jax.Array) -> jax.Array:
+        """[T, X] -> [B, X], over the real tokens; zeros where there is none."""
+        total = self.sum(jnp.where(self.real_T[:, None], per_token, 0))
+        return total / jnp.maximum(self.count(), 1)[:, None]
+
+    @property
     def _place_T(self) -> jax.Array:
         return jnp.where(
             self.real_T, self.segment_T * self.length + self.rank_T, self.examples * self.length
         )
+
+
+def lay_out(length_B: jax.Array, *, slots: int, longest: int) -> Tokens:
+    """Tokens whose values came with the batch, one example's after the other's."""
+    return pack(jnp.cumsum(length_B), length_B, slots=slots, longest=longest)
 
 
 def pack(end_B: jax.Array, length_B: jax.Array, *, slots: int, longest: int) -> Tokens:
@@ -95,7 +115,15 @@ def pad(end_B: jax.Array, length_B: jax.Array, *, longest: int) -> Tokens:
 
 
 def budget(lengths_B: np.ndarray, *, longest: int) -> int:
-    """The smallest token budget that holds these histories; nothing is ever dropped."""
-    total = int(lengths_B.sum())
-    whole = len(lengths_B) * longest
-    return next(slots for b in BUDGETS if (slots := -(-max(int(whole * b), 1) // 64) * 64) >= total)
+    """The smallest token budget that holds these histories; nothing is ever dropped.
+
+    Few shapes, so that few programs compile: B * L, a half, a quarter and an eighth of it, and
+    where that is large eight steps from each half to the next.
+    """
+    total, whole = max(int(lengths_B.sum()), 1), len(lengths_B) * longest
+    octaves = math.log2(whole / total) + 1e-9
+    if whole < LARGE:
+        unit, octaves = 64, min(math.floor(octaves), 3)
+    else:
+        unit, octaves = BLOCK, math.floor(8 * octaves) / 8
+    return -(-max(total, math.ceil(whole * 2**-octaves)) // unit) * unit

@@ -6,10 +6,11 @@ its value, as in the public reference (PAPER section 5), but starts as small as 
 the public scale (xavier-normal) a few count columns drown the rest of a log of 100k rows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,12 @@ from flax import nnx, struct
 
 from loopfm_jax.data.schema import Field, Schema
 from loopfm_jax.errors import check_limits
+from loopfm_jax.packing import Tokens, lay_out
+
+LOOK_UP: ContextVar[Callable[["Table", jax.Array], jax.Array] | None] = ContextVar(
+    "LOOK_UP", default=None
+)
+"""What looks up in the place of the tables themselves while a step learns by rows (`rows.py`)."""
 
 
 class Frozen(nnx.Variable):
@@ -61,22 +68,19 @@ class TableConfig:
         check_limits("tables", {"init_std": self.init_std}, low=0)
 
 
-class Features(NamedTuple):
-    """Model inputs of a batch: ids_BC int32 (`Schema.columns`), floats_BN float32."""
-
-    ids_BC: jax.Array
-    floats_BN: jax.Array
-
-
 @struct.dataclass
 class Embedded:
-    """Looked-up features. `fields` [B,E] in schema order, numeric last; `sequences` [B,L,E]."""
+    """Looked-up features of a batch."""
 
-    features: Features
+    ids: dict[str, jax.Array]
+    """Fused ids by field, [B], those of a sequence [T]."""
+    floats_BN: jax.Array
     fields: dict[str, jax.Array]
+    """[B,E] in schema order, numeric last."""
     sequences: dict[str, jax.Array]
-    masks: dict[str, jax.Array]
-    """Per sequence, True where a real event stands, [B,L]."""
+    """[T,E]."""
+    tokens: dict[str, Tokens]
+    """Whose the slots of a sequence are; real where an event stands."""
 
 
 class Table(nnx.Module):
@@ -89,8 +93,19 @@ class Table(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Fused ids of any shape -> rows [..., E]; padding gives zeros."""
-        rows = self.rows_VE[...].at[ids].get(mode="promise_in_bounds")
+        instead = LOOK_UP.get()
+        if instead is not None:
+            rows = instead(self, ids)
+        else:
+            rows = self.rows_VE[...].at[ids].get(mode="promise_in_bounds")
         return jnp.where(ids[..., None] > 0, rows, 0)
+
+    def gather(self, ids: Sequence[jax.Array]) -> list[jax.Array]:
+        """As a call of each, in one gather for all."""
+        stops = list(accumulate(i.size for i in ids))
+        flat = self(jnp.concatenate([i.reshape(-1) for i in ids]))
+        rows = jnp.split(flat, stops[:-1])
+        return [r.reshape(*i.shape, -1) for r, i in zip(rows, ids, strict=True)]
 
 
 class PrivateTable(nnx.Module):
@@ -107,17 +122,17 @@ class PrivateTable(nnx.Module):
     ):
         fields = [schema[name] for name in names]
         own = Schema(tuple(replace(f, shares=None, frozen_width=0) for f in fields))
-        self.columns = tuple(schema.columns[name] for name in names)
+        self.names = tuple(names)
         self.shifts = tuple(own.offsets[name] - schema.offsets[name] for name in names)
         self.table = Table(own, config, rngs=rngs)
 
-    def __call__(self, ids_BC: jax.Array) -> jax.Array:
-        """All columns of a batch -> rows [B,C,E] of the columns of `names`."""
+    def __call__(self, ids: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Fused ids by field -> rows [..., E] of `names`, padding as zeros."""
         own = [
-            jnp.where(ids_BC[:, columns] > 0, ids_BC[:, columns] + shift, 0)
-            for columns, shift in zip(self.columns, self.shifts, strict=True)
+            jnp.where(ids[name] > 0, ids[name] + shift, 0)
+            for name, shift in zip(self.names, self.shifts, strict=True)
         ]
-        return self.table(jnp.concatenate(own, axis=1))
+        return dict(zip(self.names, self.table.gather(own), strict=True))
 
 
 class Embedder(nnx.Module):
@@ -156,29 +171,48 @@ class Embedder(nnx.Module):
     def _fields(self, *, frozen: bool) -> list[Field]:
         return [f for f in self.schema.fields if bool(f.frozen_width) == frozen]
 
-    def _trained(self, ids: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """One gather for all trainable fields."""
-        rows_BCE = self.table(jnp.concatenate(list(ids.values()), axis=1))
-        stops = list(accumulate(i.shape[1] for i in ids.values()))
-        return dict(zip(ids, jnp.split(rows_BCE, stops[:-1], axis=1), strict=True))
-
     def _frozen(self, f: Field, ids: jax.Array) -> jax.Array:
         rows = self.frozen[f.shares or f.name][...][ids]
         return self.project[f.name](jnp.where(ids[..., None] > 0, rows, 0))
 
-    def __call__(self, features: Features) -> Embedded:
-        columns = self.schema.columns
-        ids = {f.name: features.ids_BC[:, columns[f.name]] for f in self.schema.fields}
+    def __call__(self, batch: Mapping[str, Any]) -> Embedded:
+        """batch: `ids_BF`, `floats_BN`, and by group of sequences (`Schema.groups`) `events`:
+        `ids_TG` int32, newest first, and `length_B`, how many of the slots are whose."""
+        schema = self.schema
+        ids = {f.name: batch["ids_BF"][:, i] for i, f in enumerate(schema.categorical)}
+        tokens = {}
+        for group, names in schema.groups.items():
+            found = batch["events"][group]
+            slots = lay_out(
+                found["length_B"], slots=len(found["ids_TG"]), longest=schema[group].length
+            )
+            for i, name in enumerate(names):
+                ids[name] = found["ids_TG"][:, i]
+                tokens[name] = replace(slots, real_T=slots.real_T & (ids[name] > 0))
         embedded = {f.name: self._frozen(f, ids[f.name]) for f in self._fields(frozen=True)}
-        embedded |= self._trained({f.name: ids[f.name] for f in self._fields(frozen=False)})
+        trained = [f.name for f in self._fields(frozen=False)]
+        embedded |= zip(trained, self.table.gather([ids[n] for n in trained]), strict=True)
         numeric = {}
         if self.numeric_NE is not None:
-            numeric_BNE = features.floats_BN[:, :, None] * self.numeric_NE[...][None]
-            numeric = {n.name: numeric_BNE[:, i] for i, n in enumerate(self.schema.numeric)}
-        sequences = self.schema.sequences
+            numeric_BNE = batch["floats_BN"][:, :, None] * self.numeric_NE[...][None]
+            numeric = {n.name: numeric_BNE[:, i] for i, n in enumerate(schema.numeric)}
         return Embedded(
-            features=features,
-            fields={f.name: embedded[f.name][:, 0] for f in self.schema.categorical} | numeric,
-            sequences={f.name: embedded[f.name] for f in sequences},
-            masks={f.name: features.ids_BC[:, columns[f.name]] > 0 for f in sequences},
+            ids=ids,
+            floats_BN=batch["floats_BN"],
+            fields={f.name: embedded[f.name] for f in schema.categorical} | numeric,
+            sequences={f.name: embedded[f.name] for f in schema.sequences},
+            tokens=tokens,
         )
+
+
+def blank(schema: Schema) -> dict[str, Any]:
+    """A batch of one example of nothing but padding, for who asks for shapes."""
+    events = {
+        group: {"ids_TG": np.zeros((1, len(names)), np.int32), "length_B": np.zeros(1, np.int32)}
+        for group, names in schema.groups.items()
+    }
+    return {
+        "ids_BF": np.zeros((1, len(schema.categorical)), np.int32),
+        "floats_BN": np.zeros((1, len(schema.numeric)), np.float32),
+        "events": events,
+    }

@@ -10,11 +10,12 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from noise import noisy, parts
+from packed import pack_batch
 from public_schemas import history
 
 from loopfm_jax.backbones import BackboneConfig, build
 from loopfm_jax.data.schema import Behaviour, Field, Numeric, Schema
-from loopfm_jax.tables import Features, TableConfig
+from loopfm_jax.tables import TableConfig
 
 B, E, L, K = 4, 4, 5, 2
 ITEM, CATE, VISUAL = Field("item", 9), Field("cate", 6), Field("visual", 8, frozen_width=3)
@@ -62,15 +63,22 @@ ONE_BEHAVIOUR = replace(SCHEMA, behaviours=SCHEMA.behaviours[:1])
 SCHEMAS = {case: ONE_BEHAVIOUR if case == "dmin_full" else SCHEMA for case in CASES}
 
 
-def make_features(seed=0, lengths=LENGTHS) -> Features:
-    rng, columns = np.random.default_rng(seed), []
+def make_ids(seed=0, lengths=LENGTHS) -> dict[str, np.ndarray]:
+    """Fused ids by field, [B, length], oldest first, 0 = padding at the end."""
+    rng, found = np.random.default_rng(seed), {}
     for f in (*SCHEMA.categorical, *SCHEMA.sequences):
         ids = SCHEMA.offsets[f.name] + rng.integers(1, f.rows, (B, f.length))
         real = np.arange(f.length) < np.array(lengths.get(f.name, [1] * B))[:, None]
-        columns.append(np.where(real, ids, 0))
-    floats = rng.normal(size=(B, len(SCHEMA.numeric)))
-    ids = np.concatenate(columns, axis=1)
-    return Features(jnp.asarray(ids, jnp.int32), jnp.asarray(floats, jnp.float32))
+        found[f.name] = np.where(real, ids, 0)
+    return found
+
+
+def make_floats(seed=0) -> np.ndarray:
+    return np.random.default_rng((seed, 1)).normal(size=(B, len(SCHEMA.numeric)))
+
+
+def make_features(seed=0, lengths=LENGTHS, schema=SCHEMA, **how) -> dict[str, Any]:
+    return pack_batch(schema, make_ids(seed, lengths), make_floats(seed), **how)
 
 
 def make_key(seed: int):
@@ -95,10 +103,10 @@ class Model:
     def merged(self):
         return nnx.merge(self.graphdef, self.params, self.rest)
 
-    def logits(self, features: Features) -> np.ndarray:
+    def logits(self, features: dict) -> np.ndarray:
         return np.asarray(self.infer(self.embed(features), self.extra_BKE).logits_B)
 
-    def _train(self, params, features: Features, key):
+    def _train(self, params, features: dict, key):
         """Gradient of a training step's loss, its updated rest, and its logits."""
 
         def loss(params):

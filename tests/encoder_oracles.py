@@ -2,11 +2,12 @@
 
 import numpy as np
 
-from loopfm_jax.history.attention import FASTEST, SLOWEST
 from loopfm_jax.history.encoders import EncoderConfig
+from loopfm_jax.history.transformer import FASTEST, SLOWEST
 
 W = 8
 CONFIG = EncoderConfig(width=W, heads=2, score_hidden=(7, 5))
+SCORES = "interest/scores"
 
 
 def draw(*shape: int, seed: int = 0) -> np.ndarray:
@@ -23,25 +24,18 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def score_by_hand(p: dict, name: str, target_W: np.ndarray, token_LW: np.ndarray) -> np.ndarray:
-    """The concatenated form: MLP([t, h, t-h, t*h]), its kernel rebuilt from the three blocks."""
+    """MLP([t, h, t-h, t*h])."""
     target_LW = np.broadcast_to(target_W, token_LW.shape)
-    c_WK = draw(W, CONFIG.score_hidden[0], seed=3)  # any: it cancels
-    blocks = [
-        p[f"{name}/target/kernel"] - c_WK,
-        p[f"{name}/token/kernel"] + c_WK,
-        c_WK,
-        p[f"{name}/product/kernel"],
-    ]
     parts = [target_LW, token_LW, target_LW - token_LW, target_LW * token_LW]
-    x = np.concatenate(parts, axis=1) @ np.concatenate(blocks) + p[f"{name}/target/bias"]
+    x = np.concatenate(parts, axis=1)
     for i in range(len(CONFIG.score_hidden)):
-        x = dense(p, f"{name}/rest/{i}", np.maximum(x, 0))
-    return x[:, 0]
+        x = np.maximum(dense(p, f"{name}/mlp/layers/{i}", x), 0)
+    return dense(p, f"{name}/mlp/out", x)[:, 0]
 
 
 def din_by_hand(p: dict, token_LX: np.ndarray, query_Q: np.ndarray, _) -> np.ndarray:
     token_LW = dense(p, "project", token_LX)
-    return softmax(score_by_hand(p, "score", dense(p, "query", query_Q), token_LW)) @ token_LW
+    return softmax(score_by_hand(p, SCORES, dense(p, "query", query_Q), token_LW)) @ token_LW
 
 
 def gru_by_hand(p: dict, name: str, token_LW: np.ndarray, factor_L: np.ndarray) -> np.ndarray:
@@ -58,13 +52,13 @@ def gru_by_hand(p: dict, name: str, token_LW: np.ndarray, factor_L: np.ndarray) 
 
 def dien_by_hand(p: dict, token_LX: np.ndarray, query_Q: np.ndarray, _) -> np.ndarray:
     token_LW = dense(p, "project", token_LX)
-    interest_LW = gru_by_hand(p, "extraction", token_LW, np.ones(len(token_LW)))
-    attention_L = softmax(score_by_hand(p, "score", dense(p, "query", query_Q), interest_LW))
-    return gru_by_hand(p, "evolution", interest_LW, attention_L)[0]
+    interest_LW = gru_by_hand(p, "interest/extraction", token_LW, np.ones(len(token_LW)))
+    attention_L = softmax(score_by_hand(p, SCORES, dense(p, "query", query_Q), interest_LW))
+    return gru_by_hand(p, "interest/evolution", interest_LW, attention_L)[0]
 
 
-def normalise(p: dict, name: str, x: np.ndarray) -> np.ndarray:
-    x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-6)
+def normalise(p: dict, name: str, x: np.ndarray, epsilon: float = 1e-6) -> np.ndarray:
+    x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + epsilon)
     return x * p[f"{name}/scale"] + p[f"{name}/bias"]
 
 
@@ -86,10 +80,13 @@ def attend_by_hand(qkv_LX: np.ndarray, turn=lambda x: x) -> list[np.ndarray]:
 def dmin_by_hand(p: dict, token_LX: np.ndarray, query_Q: np.ndarray, _) -> np.ndarray:
     token_LW, target_W = dense(p, "project", token_LX), dense(p, "query", query_Q)
     interests = []
-    for h, mixed in enumerate(attend_by_hand(token_LW @ p["attend/kernel"])):
-        x = normalise(p, f"norm/{h}", token_LW + dense(p, f"mix/{h}", mixed))
-        x = x + dense(p, f"shrink/{h}", np.maximum(dense(p, f"grow/{h}", x), 0))
-        interests.append(softmax(score_by_hand(p, f"score/{h}", target_W, x)) @ x)
+    for h, mixed in enumerate(attend_by_hand(token_LW @ p["interest/qkv/kernel"])):
+        head = f"interest/heads/{h}"
+        x = token_LW + dense(p, f"{head}/out", mixed)
+        x = normalise(p, f"{head}/forward/norm", x, 1e-5)
+        grown = np.maximum(dense(p, f"{head}/forward/up", x), 0)
+        x = x + dense(p, f"{head}/forward/down", grown)
+        interests.append(softmax(score_by_hand(p, f"{head}/scores", target_W, x)) @ x)
     return np.concatenate(interests)
 
 
@@ -104,13 +101,13 @@ def transformer_by_hand(p: dict, token_LX, query_Q, age_L) -> np.ndarray:
 
     x = dense(p, "project", token_LX)
     for i in range(CONFIG.layers):
-        name = f"blocks/{i}"
+        name = f"transformer/blocks/{i}"
         qkv = dense(p, f"{name}/attend", normalise(p, f"{name}/norm_attend", x))
         x = x + dense(p, f"{name}/mix", np.concatenate(attend_by_hand(qkv, turn), axis=1))
         grown = dense(p, f"{name}/grow", normalise(p, f"{name}/norm_grow", x))
         x = x + dense(p, f"{name}/shrink", np.maximum(grown, 0))
-    x = normalise(p, "norm", x)
-    return softmax(score_by_hand(p, "score", dense(p, "query", query_Q), x)) @ x
+    x = normalise(p, "transformer/norm", x)
+    return softmax(score_by_hand(p, SCORES, dense(p, "query", query_Q), x)) @ x
 
 
 BY_HAND = {

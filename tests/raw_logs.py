@@ -81,5 +81,5 @@ def same_columns(one: Log, two: Log, rows: slice = slice(None)) -> None:
     assert one.ragged.keys() == two.ragged.keys()
     at = np.arange(min(len(one), len(two)))[rows]
     for name in one.ragged:
-        a, b = (log.padded(name, at, length=9) for log in (one, two))
+        a, b = (log.padded(name, at) for log in (one, two))
         np.testing.assert_array_equal(a, b, err_msg=name)

@@ -48,8 +48,9 @@ def make_batch(seed: int = 0) -> dict:
     own = {"end_B": END, "length_B": LENGTH, "slot_T": np.zeros(T, np.uint8)}
     turned = own | {"end_B": END[::-1].copy(), "length_B": LENGTH[::-1].copy()}
     return {
-        "ids_BC": (offsets + local).astype(np.int32),
+        "ids_BF": (offsets + local).astype(np.int32),
         "floats_BN": rng.normal(size=(B, 1)).astype(np.float32),
+        "events": {},
         "label_B": (np.arange(B) % 2).astype(np.float32),
         "weight_B": np.array([1, 1, 1, 1, 1, 0], np.float32),
         "teacher_B": np.linspace(0.05, 0.95, B, dtype=np.float32),

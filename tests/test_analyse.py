@@ -7,7 +7,7 @@ import pytest
 
 from loopfm_jax.cli import parse
 from loopfm_jax.flow import Flow
-from loopfm_jax.history.encoders import Transformer
+from loopfm_jax.history.encoders import Attentive
 from loopfm_jax.sharding import make_mesh
 from loopfm_jax.study import codes
 from loopfm_jax.study.attention import Attended, attend, classes
@@ -106,12 +106,12 @@ def test_weights_stand_beside_the_entries_they_are_paid_to(loopfm, monkeypatch):
     assert not as_trained.weight_NL[~as_trained.real_NL].any()
 
     # An encoder that attends to the clicked ones alone, and one that does so to old ones.
-    monkeypatch.setattr(Transformer, "interests", by(lambda x_TX, _: 1e3 * x_TX[:, -1]))
+    monkeypatch.setattr(Attentive, "weigh", by(lambda x_TX, _: 1e3 * x_TX[:, -1]))
     clicked = look()
     some_N = (clicked.outcome_NL & clicked.real_NL).any(axis=1)
     assert some_N.any() and (clicked.real_NL & ~clicked.outcome_NL).any()
     np.testing.assert_allclose((clicked.weight_NL * clicked.outcome_NL).sum(axis=1)[some_N], 1)
-    monkeypatch.setattr(Transformer, "interests", by(lambda _, tokens: tokens.age_T / 100))
+    monkeypatch.setattr(Attentive, "weigh", by(lambda _, tokens: tokens.age_T / 100))
     score_NL = np.where(clicked.real_NL, clicked.age_NL / 100, -np.inf)
     old_NL = np.exp(score_NL - score_NL.max(axis=1, keepdims=True))
     expected_NL = old_NL / old_NL.sum(axis=1, keepdims=True)
@@ -139,9 +139,9 @@ def test_weights_stand_beside_the_entries_they_are_paid_to(loopfm, monkeypatch):
 
 
 def by(score):
-    """`interests` of an encoder whose attention is this function of values and tokens."""
+    """`weigh` of an encoder whose attention is this function of values and tokens."""
 
-    def interests(self, value_TX, query_BQ, tokens):
+    def weigh(self, value_TX, query_BQ, tokens):
         return [(tokens.softmax(score(value_TX, tokens)), value_TX)]
 
-    return interests
+    return weigh

@@ -19,15 +19,19 @@ from backbone_cases import (
     all_finite,
     flat,
     make_features,
+    make_floats,
+    make_ids,
     make_key,
     model,
 )
 from flax import nnx
+from packed import pack_batch
 
 from loopfm_jax.backbones import BACKBONES, BackboneConfig, build
 from loopfm_jax.backbones.config import SEQUENCE_BACKBONES, BackboneName
 from loopfm_jax.data.schema import Behaviour
 from loopfm_jax.errors import UserError
+from loopfm_jax.packing import pad
 from loopfm_jax.tables import TableConfig
 
 assert {c.name for c in CASES.values()} == set(BACKBONES) == set(get_args(BackboneName))
@@ -78,20 +82,21 @@ def test_missing_extra_fields_are_an_error(case):
 @every_case
 def test_inference_treats_examples_alone(case):
     m, features = model(case), make_features()
-    other = make_features(seed=1)
-    mixed = jax.tree.map(lambda x, y: x.at[2].set(y[2]), features, other)
-    before, after = m.logits(features), m.logits(mixed)
+    mixed = {
+        n: np.where(np.arange(B)[:, None] == 2, make_ids(1)[n], x) for n, x in make_ids().items()
+    }
+    before, after = m.logits(features), m.logits(pack_batch(SCHEMA, mixed, make_floats()))
     rest = np.arange(B) != 2
     assert before[2] != after[2]
     np.testing.assert_array_equal(before[rest], after[rest])
 
 
 @every_case
-def test_what_stands_at_padding_is_not_read(case):
+def test_what_stands_at_unreal_slots_is_not_read(case):
     m = model(case)
     embedded = m.embed(make_features())
     poison = {
-        n: jnp.where(embedded.masks[n][..., None], x, jnp.nan)
+        n: jnp.where(embedded.tokens[n].real_T[:, None], x, jnp.nan)
         for n, x in embedded.sequences.items()
     }
     got = m.infer(embedded.replace(sequences=poison), m.extra_BKE)
@@ -100,33 +105,33 @@ def test_what_stands_at_padding_is_not_read(case):
 
 
 @every_case
-def test_more_padding_changes_nothing(case):
+def test_how_many_slots_are_unreal_changes_nothing(case):
     m = model(case)
-    embedded = m.embed(make_features())
-    short = embedded.replace(
-        sequences={n: x[:, : L - 1] for n, x in embedded.sequences.items()},
-        masks={n: x[:, : L - 1] for n, x in embedded.masks.items()},
-    )
-    got, want = m.infer(short, m.extra_BKE), m.infer(embedded, m.extra_BKE)
-    np.testing.assert_allclose(got.logits_B, want.logits_B, rtol=1e-5)
+    got, want = m.logits(make_features(spare=40)), m.logits(make_features(spare=0))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if CASES[c].name not in ("dmr", "dmin")])
-def test_padding_may_stand_in_front(case):
-    """But for the backbones whose events have positions, by column."""
+@every_case
+def test_padded_is_another_layout_of_the_same(case):
+    """L slots for every example, where most are unreal: the reference of the packed layout."""
     m = model(case)
     embedded = m.embed(make_features())
-    order = {n: jnp.argsort(x, axis=1, stable=True) for n, x in embedded.masks.items()}
-    front = embedded.replace(
-        sequences={
-            n: jnp.take_along_axis(x, order[n][..., None], axis=1)
-            for n, x in embedded.sequences.items()
-        },
-        masks={n: jnp.take_along_axis(x, order[n], axis=1) for n, x in embedded.masks.items()},
+
+    def padded(name: str, x: jax.Array) -> jax.Array:
+        return embedded.tokens[name].pad(x).reshape(-1, *x.shape[1:])
+
+    layout = {}
+    for name, tokens in embedded.tokens.items():
+        length_B = np.bincount(tokens.segment_T[np.asarray(tokens.real_T)], minlength=B)
+        layout[name] = pad(np.cumsum(length_B), jnp.asarray(length_B), longest=tokens.length)
+    wide = embedded.replace(
+        ids=embedded.ids | {n: padded(n, embedded.ids[n]) for n in layout},
+        sequences={n: padded(n, x) for n, x in embedded.sequences.items()},
+        tokens=layout,
     )
-    assert not front.masks["items"][:3, 0].any()
-    got, want = m.infer(front, m.extra_BKE), m.infer(embedded, m.extra_BKE)
-    np.testing.assert_allclose(got.logits_B, want.logits_B, rtol=1e-4)
+    assert len(layout["items"].real_T) == B * L
+    got, want = m.infer(wide, m.extra_BKE), m.infer(embedded, m.extra_BKE)
+    np.testing.assert_allclose(got.logits_B, want.logits_B, rtol=1e-4, atol=1e-5)
 
 
 @every_case

@@ -86,7 +86,7 @@ def test_histories_are_those_of_the_files(made):
     for history, target in HISTORIES[name].items():
         known = vocabulary(folder, target)
         unknown = log.schema[target].rows - 1
-        ids = log.padded(history, order, length=source.length) - log.schema.offsets[history]
+        ids = log.padded(history, order) - log.schema.offsets[history]
         column = history.removesuffix("_emb")
         texts = rows[column].fill_null("").to_list()
         want = sorted(
@@ -155,7 +155,9 @@ def test_embeddings_stand_behind_their_ids(tmp_path):
     for a, b in zip(visual.tolist(), (item - offset).tolist(), strict=True):
         assert b not in items or items[b] == a - 1  # keys of the file are 0, 1, ..
     inputs = open_inputs(folder, reader="vm", behaviours=True)
-    assert inputs.batch(np.arange(5))["ids_BC"].shape == (5, 3 + 4 * 20)
+    batch = inputs.batch(np.arange(5))
+    assert batch["ids_BF"].shape == (5, 3)
+    assert sum(e["ids_TG"].shape[1] for e in batch["events"].values()) == 4
 
 
 @pytest.mark.parametrize("spelling", ["quoted", "floats", "trailing blanks", "gzip", "batches"])

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopfm_jax.data.batches import Batch, GlobalBatches, OrderConfig, iterate
-from loopfm_jax.data.log import fill_slots, find_slots
+from loopfm_jax.data.encode import Ragged
+from loopfm_jax.data.log import Log
+from loopfm_jax.data.schema import Field, Schema
 from loopfm_jax.errors import UserError
 from loopfm_jax.inputs import open_inputs
 
@@ -116,15 +118,30 @@ def test_numbers_below_one(name):
 
 
 @settings(max_examples=80, deadline=None)
-@given(lengths=st.lists(st.integers(0, 6), min_size=1, max_size=8), longest=st.integers(1, 7))
-def test_padding_keeps_the_last_values(lengths, longest):
-    values = np.arange(1, sum(lengths) + 1, dtype=np.int32)
-    ends = np.cumsum(lengths)
-    padded = fill_slots(values, find_slots(ends, np.array(lengths), length=longest))
-    assert padded.shape == (len(lengths), longest) and padded.dtype == np.int32
-    for row, end, count in zip(padded, ends, lengths, strict=True):
-        kept = values[max(end - count, end - longest) : end].tolist()
-        assert row.tolist() == [0] * (longest - len(kept)) + kept
+@given(
+    counts=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=8),
+    longest=st.integers(1, 7),
+)
+def test_events_are_the_last_ones_newest_first(counts, longest):
+    """Two ragged columns side by side: the shorter one lacks its oldest events."""
+    names, counts = ("a", "b"), np.array(counts)
+    fields = tuple(Field(n, 99, kind="sequence", length=longest) for n in names)
+    ragged = {
+        n: Ragged(np.arange(1, c.sum() + 1, dtype=np.int32), c)
+        for n, c in zip(names, counts.T, strict=True)
+    }
+    log = Log(Schema(fields), {"label": np.zeros(len(counts))}, ragged)
+    rows = np.arange(len(counts))[::-1]
+    found = log.events(names, rows)
+    at = 0
+    for row, length in zip(rows, found.length_B, strict=True):
+        assert length == min(counts[row].max(), longest)
+        for i, n in enumerate(names):
+            end, kept = counts[: row + 1, i].sum(), min(counts[row, i], length)
+            want = list(range(end, end - kept, -1)) + [0] * (length - kept)
+            assert found.ids_TG[at : at + length, i].tolist() == want, n
+        at += length
+    assert at == len(found.ids_TG)
 
 
 def test_batches_of_a_prepared_log(prepared):
@@ -134,14 +151,19 @@ def test_batches_of_a_prepared_log(prepared):
     start = inputs.splits["vm"].start
     for i, batch in enumerate(iterate(source)):
         rows = start + np.arange(i * 64, i * 64 + int(batch["weight_B"].sum()))
-        assert batch["ids_BC"].shape == (64, sum(f.length for f in schema.fields))
+        assert batch["ids_BF"].shape == (64, len(schema.categorical))
         np.testing.assert_array_equal(batch["label_B"][: len(rows)], log["label"][rows])
         np.testing.assert_array_equal(batch["floats_BN"][: len(rows)], log["floats"][rows])
-        for name, place in schema.columns.items():
-            ids = batch["ids_BC"][: len(rows), place]
+        columns = dict(zip([f.name for f in schema.categorical], batch["ids_BF"].T, strict=True))
+        for group, names in schema.groups.items():
+            events = batch["events"][group]
+            assert not events["ids_TG"][events["length_B"].sum() :].any()
+            columns |= dict(zip(names, events["ids_TG"].T, strict=True))
+        for name, ids in columns.items():
             low = schema.offsets[name]
             assert ((ids == 0) | ((ids > low) & (ids < low + schema[name].rows))).all()
-    assert not schema.for_vm().columns.keys() & {"signal"}
+    assert columns.keys() == {f.name for f in schema.fields}
+    assert "signal" not in {f.name for f in schema.for_vm().fields}
 
 
 def rate(run: Callable[[], int]) -> float:

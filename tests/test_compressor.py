@@ -196,8 +196,9 @@ def test_no_gradient_passes_between_fm_and_compressor():
     graphdef, params, rest = parts(noisy(lambda rngs: Teacher(schema, FM, rngs=rngs)))
     rng = np.random.default_rng(0)
     batch = {
-        "ids_BC": rng.integers([1, 8], [7, 16], (B, 2)).astype(np.int32),
+        "ids_BF": rng.integers([1, 8], [7, 16], (B, 2)).astype(np.int32),
         "floats_BN": np.zeros((B, 0), np.float32),
+        "events": {},
         "label_B": rng.integers(0, 2, B).astype(np.float32),
         "weight_B": np.ones(B, np.float32),
     }

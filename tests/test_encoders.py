@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from encoder_oracles import BY_HAND, CONFIG, W, draw, score_by_hand
+from encoder_oracles import BY_HAND, CONFIG, W, draw
 from flax import nnx
 from noise import named, noisy
 
+from loopfm_jax import packing
+from loopfm_jax.backbones.attention import self_attend
 from loopfm_jax.errors import UserError
-from loopfm_jax.history import packing
-from loopfm_jax.history.attention import Score, self_attend
 from loopfm_jax.history.encoders import ENCODERS, TIMED, EncoderConfig
 
 B, L, T, N, X, Q = 5, 4, 23, 14, 6, 3
@@ -207,25 +207,14 @@ def test_self_attention_sees_entries_as_old_or_older(layout):
     tokens = jax.jit(LAYOUTS[layout])(END, LENGTH)
     heads, slots = CONFIG.heads, SLOTS[layout]
 
-    def mixed(qkv_THD):
-        return self_attend(qkv_THD, tokens).sum((1, 2))
+    def mixed(qkv_TX):
+        return self_attend(qkv_TX, tokens, heads=heads).sum((1, 2))
 
-    slopes = jax.jit(jax.jacrev(mixed))(draw(slots, 3 * heads, W // heads))
-    sees_TT = (np.asarray(slopes) != 0).any(axis=(2, 3))
+    slopes = jax.jit(jax.jacrev(mixed))(draw(slots, 3 * W))
+    sees_TT = (np.asarray(slopes) != 0).any(axis=2)
     segment, rank, real = (np.asarray(x) for x in (tokens.segment_T, tokens.rank_T, tokens.real_T))
     older_TT = (segment[:, None] == segment) & (rank[None] >= rank[:, None]) & real
     np.testing.assert_array_equal(sees_TT[real], older_TT[real])
-
-
-def test_split_first_layer_is_the_concatenated_form():
-    score = noisy(lambda rngs: Score(W, CONFIG.score_hidden, rngs=rngs))
-    p = {f"score/{name}": values for name, values in named(score).items()}
-    tokens, target, token = jax.jit(LAYOUTS["pack"])(END, LENGTH), draw(B, W), draw(T, W)
-    graphdef, params = nnx.split(score)
-    result = np.asarray(jax.jit(lambda *x: nnx.merge(graphdef, params)(*x))(target, token, tokens))
-    for b in range(B):
-        mine = np.asarray(tokens.real_T & (tokens.segment_T == b))
-        close(result[mine], score_by_hand(p, "score", target[b], token[mine]))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from backbone_cases import CASES, SCHEMA, TABLE, B, E, K, make_features, model
+from backbone_cases import (
+    CASES,
+    SCHEMA,
+    TABLE,
+    B,
+    E,
+    K,
+    make_features,
+    make_floats,
+    make_ids,
+    model,
+)
 from noise import noisy
 
 from loopfm_jax.backbones.interactions import FirstOrder, pairwise
@@ -18,18 +29,18 @@ def test_pairwise_is_the_sum_over_pairs():
 
 def test_first_order_sums_a_weight_per_field_and_id():
     first = noisy(lambda rngs: FirstOrder(SCHEMA, TABLE, rngs=rngs))
-    features = make_features()
+    ids = make_ids()
     weights, total = np.asarray(first.table.table.rows_VE[...])[:, 0], np.zeros(B)
     start = 0
     for f in (*SCHEMA.categorical, *SCHEMA.sequences):
-        ids = np.asarray(features.ids_BC[:, SCHEMA.columns[f.name]])
-        local = np.where(ids > 0, ids - SCHEMA.offsets[f.name], 0)
+        local = np.where(ids[f.name] > 0, ids[f.name] - SCHEMA.offsets[f.name], 0)
         total += np.where(local > 0, weights[start + local], 0).sum(1)
         start += f.rows
     assert start == len(weights)
-    total += np.asarray(features.floats_BN) @ np.asarray(first.numeric_N[...])
+    total += make_floats() @ np.asarray(first.numeric_N[...])
     total += np.asarray(first.bias[...])
-    np.testing.assert_allclose(first(features), total, rtol=1e-4, atol=1e-5)
+    embedded = jax.jit(model("fm2").embed)(make_features())
+    np.testing.assert_allclose(first(embedded), total, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["fm2", "fmfm", "fmfm_matrix"])
@@ -56,7 +67,7 @@ def test_a_weight_per_pair_of_fields(case):
         assert pair == len(backbone.pairs_PE[...])
     np.testing.assert_allclose(got.trunk_BW, want_BE, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(got.trunk_BW, got.taps["interaction"])
-    first_B = jax.jit(lambda f: m.merged().first_order(f))(features)
+    first_B = jax.jit(lambda e: m.merged().first_order(e))(embedded)
     np.testing.assert_allclose(got.logits_B, first_B + want_BE.sum(1), rtol=1e-4, atol=1e-4)
 
 

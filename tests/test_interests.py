@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from backbone_cases import CASES, B, L
+from flax import nnx
 from noise import noisy
 
-from loopfm_jax.backbones import BackboneConfig
+from loopfm_jax.backbones import BackboneConfig, attention
 from loopfm_jax.backbones.attention import Query, Scores
 from loopfm_jax.backbones.behaviours import Interest, Seen
 from loopfm_jax.backbones.config import Spec
@@ -18,7 +19,7 @@ from loopfm_jax.backbones.din import DIN
 from loopfm_jax.backbones.dmin import DMIN
 from loopfm_jax.backbones.dmr import DMR
 from loopfm_jax.data.schema import Behaviour, Field, Schema
-from loopfm_jax.tables import Features
+from loopfm_jax.packing import lay_out
 
 M, E = 4, 2
 ITEM, CATE = Field("item", 9), Field("cate", 6)
@@ -43,29 +44,40 @@ def make_interest(kind: type[Interest], case: str, **options) -> Interest:
     return noisy(lambda rngs: kind(spec, PAIR, rngs=rngs))
 
 
-def make_seen() -> Seen:
-    """Events of 4 examples, one without any, one with padding in front."""
+def make_padded() -> dict[str, np.ndarray]:
+    """Events of 4 examples, one without any, oldest first, padded in front."""
     rng = np.random.default_rng(0)
-    mask_BL = np.arange(L) < np.array([3, 0, 5, 2])[:, None]
-    mask_BL[3] = mask_BL[3, ::-1]
-    ids_BC = np.zeros((B, 2 + 2 * L), np.int32)
-    ids_BC[:, 0] = rng.integers(1, ITEM.rows, B)
-    ids_BC[:, 1] = ITEM.rows + rng.integers(1, CATE.rows, B)
+    mask_BL = np.arange(L) >= L - np.array([3, 0, 5, 2])[:, None]
+    return {
+        "target": rng.normal(size=(B, M)),
+        "events": rng.normal(size=(B, L, M)) * mask_BL[..., None],
+        "mask": mask_BL,
+        "item": rng.integers(1, ITEM.rows, B),
+        "cate": rng.integers(1, CATE.rows, B),
+    }
+
+
+def make_seen(padded: dict[str, np.ndarray], *, spare: int = 3) -> Seen:
+    """The same events packed, newest first."""
+    length_B = padded["mask"].sum(axis=1)
+    events = [e[m][::-1] for e, m in zip(padded["events"], padded["mask"], strict=True)]
+    events_TM = np.concatenate([*events, np.zeros((spare, M))])
+    tokens = lay_out(jnp.asarray(length_B), slots=len(events_TM), longest=L)
+    ids = {"item": padded["item"], "cate": ITEM.rows + padded["cate"]}
     return Seen(
-        target_BM=jnp.asarray(rng.normal(size=(B, M)), jnp.float32),
-        events_BLM=jnp.asarray(rng.normal(size=(B, L, M)) * mask_BL[..., None], jnp.float32),
-        mask_BL=jnp.asarray(mask_BL),
-        features=Features(jnp.asarray(ids_BC), jnp.zeros((B, 0))),
+        target_BM=jnp.asarray(padded["target"], jnp.float32),
+        events_TM=jnp.asarray(events_TM, jnp.float32),
+        tokens=tokens,
+        ids={name: jnp.asarray(x, jnp.int32) for name, x in ids.items()},
     )
 
 
 def check(interest: Interest, by_hand, **tolerance) -> None:
-    """Compares with `by_hand(interest, target [M], events [L,M], mask [L], ids [C])`."""
-    seen = make_seen()
-    got = jax.jit(lambda seen: interest(seen, key=None))(seen)
+    """Compares with `by_hand(interest, target [M], events [L,M], mask [L], item, cate)`."""
+    padded = make_padded()
+    got = jax.jit(lambda seen: interest(seen, key=None))(make_seen(padded))
     assert got.shape == (B, interest.width)
-    examples = (seen.target_BM, seen.events_BLM, seen.mask_BL, seen.features.ids_BC)
-    want = [by_hand(interest, *map(np.asarray, x)) for x in zip(*examples, strict=True)]
+    want = [by_hand(interest, *x) for x in zip(*padded.values(), strict=True)]
     np.testing.assert_allclose(got, np.stack(want), **dict(rtol=1e-3, atol=1e-4) | tolerance)
 
 
@@ -113,21 +125,47 @@ def test_first_score_layer_equals_its_concatenated_form(position_width):
     config = BackboneConfig(attention_hidden=(6,))
     query = noisy(lambda rngs: Query(M, L, position_width, rngs=rngs))
     scores = noisy(lambda rngs: Scores(config, M, rngs=rngs, dtype=jnp.float32))
-    seen = make_seen()
+    seen = make_seen(make_padded())
 
-    def concatenated(target, events):
-        both = [jnp.broadcast_to(target[:, None], (B, L, M))]
+    def concatenated(target_BM, events_TM):
+        both = [seen.tokens.spread(target_BM)]
         if query.position_LP is not None:
-            both.append(jnp.broadcast_to(query.position_LP[...][None], (B, L, position_width)))
-        t = query.project(jnp.concatenate(both, axis=-1))
-        x = jnp.concatenate([t, events, t - events, t * events], axis=-1)
+            both.append(query.position_LP[...][L - 1 - seen.tokens.rank_T])
+        t = query.project(jnp.concatenate(both, axis=1))
+        x = jnp.concatenate([t, events_TM, t - events_TM, t * events_TM], axis=1)
         return scores.mlp.layers[0](x)
 
-    def split_up(target, events):
-        return scores.first_layer(query(target, L), events)
+    def split_up(target_BM, events_TM):
+        return scores.first_layer(query(target_BM, seen.tokens), events_TM)
 
-    got, want = (jax.jit(f)(seen.target_BM, seen.events_BLM) for f in (split_up, concatenated))
+    got, want = (jax.jit(f)(seen.target_BM, seen.events_TM) for f in (split_up, concatenated))
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_scores_by_block_are_those_of_all_at_once(rate, monkeypatch):
+    """Values and gradients; with dropout, that a block drops its own."""
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    config = BackboneConfig(attention_hidden=(6, 5), attention_dropout=rate)
+    scores = noisy(lambda rngs: Scores(config, M, rngs=rngs, dtype=jnp.float32))
+    graphdef, params = nnx.split(scores)
+    seen = make_seen(make_padded(), spare=2)  # 12 slots
+    query_TM = seen.tokens.spread(seen.target_BM)
+    key = jax.random.key(0) if rate else None
+
+    def loss(params, events_TM, key):
+        found_T = nnx.merge(graphdef, params)(query_TM, events_TM, seen.tokens, key=key)
+        return jnp.sin(found_T).sum(), found_T
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    blocks = run(params, seen.events_TM, key)
+    repeated = jnp.tile(seen.events_TM[:1], (12, 1))
+    tiled = nnx.merge(graphdef, params)(query_TM[:1].repeat(12, 0), repeated, seen.tokens, key=key)
+    assert (len(np.unique(np.round(tiled, 5))) > 1) == (rate > 0)
+    if not rate:
+        monkeypatch.setattr(attention, "BLOCK", 2048)
+        whole = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, seen.events_TM, key)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), blocks, whole)
 
 
 # ---------------------------------------------------------------- DIN, DIEN, DMR
@@ -135,7 +173,7 @@ def test_first_score_layer_equals_its_concatenated_form(position_width):
 
 @pytest.mark.parametrize("normalised", [False, True])
 def test_din_weighs_events_by_their_score(normalised):
-    def by_hand(din: DIN, target, events, mask, _):
+    def by_hand(din: DIN, target, events, mask, *_):
         weights = score(din.scores, [target] * L, events) * mask
         return (softmax(weights, mask) if normalised else weights) @ events
 
@@ -157,22 +195,23 @@ def gru(cell, x, mask, attention):
 
 
 def test_dien_evolves_interests_towards_the_candidate():
-    def by_hand(dien: DIEN, target, events, mask, _):
+    def by_hand(dien: DIEN, target, events, mask, *_):
         interests = gru(dien.extraction, events, mask, np.ones(L))
         weights = softmax(score(dien.scores, [target] * L, interests), mask)
         return gru(dien.evolution, interests, mask, weights)[-1]
 
     dien = make_interest(DIEN, "dien")
     check(dien, by_hand)
-    seen = make_seen()
-    assert not np.asarray(dien(seen, key=None))[1].any(), "no history gives zeros"
-    swapped = seen.replace(events_BLM=seen.events_BLM.at[2].set(seen.events_BLM[2, ::-1]))
-    assert (dien(swapped, key=None)[2] != dien(seen, key=None)[2]).all(), "order matters"
+    padded = make_padded()
+    turned = padded | {"events": padded["events"][:, ::-1], "mask": padded["mask"][:, ::-1]}
+    one, other = (np.asarray(dien(make_seen(p), key=None)) for p in (padded, turned))
+    assert not one[1].any(), "no history gives zeros"
+    assert (one[2] != other[2]).all(), "order matters"
 
 
 @pytest.mark.parametrize("u2i", [False, True])
 def test_dmr_asks_with_positions_and_matches_the_user(u2i):
-    def by_hand(dmr: DMR, target, events, mask, ids):
+    def by_hand(dmr: DMR, target, events, mask, item, cate):
         query = [relu(positioned(dmr.query, target, i)) for i in range(L)]
         past = softmax(score(dmr.scores, query, events), mask) @ events
         if not u2i:
@@ -182,7 +221,7 @@ def test_dmr_asks_with_positions_and_matches_the_user(u2i):
         seen = softmax(score(match.scores, query, events), mask) @ events
         user = relu(linear(match.user, seen))
         rows = np.asarray(match.table.table.rows_VE[...])
-        item, cate = ids[0], ids[1] - ITEM.rows  # the second table: cate first, as in the pair
+        # The second table: cate first, as in the pair.
         candidate = np.concatenate([rows[cate], rows[CATE.rows + item]])
         return np.append(past, user @ candidate)
 
@@ -216,7 +255,7 @@ def attend(layer, x, mask, heads: int):
 
 @pytest.mark.parametrize("refiner", [False, True])
 def test_dmin_gives_an_interest_per_head(refiner):
-    def by_hand(dmin: DMIN, target, events, mask, _):
+    def by_hand(dmin: DMIN, target, events, mask, *_):
         if refiner:
             r = dmin.refiner
             seen = attend(r.qkv, events, mask, 2).reshape(events.shape)

@@ -191,7 +191,7 @@ def test_tags_are_several_values(tiny):
     lengths = log.ragged["tag"].lengths
     videos = [row["video_id"] for row in log_rows()]
     assert lengths.tolist() == [(1, 2, 0, 4)[v % 4] for v in videos]  # the last 4 of 5
-    padded = log.padded("tag", np.arange(len(log)), length=4)
+    padded = log.padded("tag", np.arange(len(log)))
     first, second = padded[videos.index(0)], padded[videos.index(1)]
     assert first[:3].tolist() == [0, 0, 0] and second[:2].tolist() == [0, 0]
     assert first[3] == second[2]  # 39 is the same id in "39" and in "39,41"

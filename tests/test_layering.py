@@ -10,7 +10,7 @@ STAGES = {"data", "backbones", "fm", "history", "vm"}
 MAY_IMPORT = {
     "data": set(),
     "backbones": {"data"},  # the schema
-    "history": {"data"},
+    "history": {"data", "backbones"},  # the attention of candidates over events
     "fm": {"data", "backbones", "history"},
     "vm": {"data", "backbones", "history"},
 }

@@ -16,6 +16,7 @@ from loopfm_jax.backbones import BackboneConfig, build
 from loopfm_jax.data.batches import Batch, OrderConfig
 from loopfm_jax.data.schema import Field, Schema
 from loopfm_jax.errors import UserError
+from loopfm_jax.optim import OptimConfig
 from loopfm_jax.sharding import MeshConfig, for_state, make_mesh
 from loopfm_jax.tables import TableConfig
 
@@ -34,6 +35,27 @@ class Noisy(nnx.Module):
         self.norm = nnx.BatchNorm(WIDTH, rngs=rngs)
 
 
+class Ctr(nnx.Module):
+    """The tiny real model, its features drawn from its own tables."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        schema = Schema((Field("user", 100), Field("item", 120)), item=("item",))
+        config = BackboneConfig(hidden=(6,), dropout=0.2, tables=TableConfig(width=3))
+        self.backbone = build(config, schema, rngs=rngs)
+
+
+def ctr_loss(model: Ctr, batch: dict[str, jax.Array], _: Any, key: jax.Array) -> Any:
+    logit_B = model.backbone(model.backbone.embed(batch), key=key).logits_B
+    value = jnp.mean(jnp.logaddexp(0, logit_B) - batch["y_B"] * logit_B)
+    return value, {"logloss": value}
+
+
+def ctr_batch(rows: np.ndarray) -> Batch:
+    ids = np.random.default_rng(1).integers([1, 101], [100, 220], (ROWS, 2)).astype(np.int32)
+    floats_BN = np.zeros((len(rows), 0), np.float32)
+    return {"ids_BF": ids[rows], "floats_BN": floats_BN, "events": {}, "y_B": LABEL[rows]}
+
+
 def loss(model: Noisy, batch: dict[str, jax.Array], _: Any, key: jax.Array) -> Any:
     noise = 0.01 * jax.random.normal(key, batch["x_BX"].shape)
     logit_B = model.linear(model.norm(batch["x_BX"] + noise, use_running_average=False))[:, 0]
@@ -45,9 +67,11 @@ def assemble(rows: np.ndarray) -> Batch:
     return {"x_BX": FEATURES[rows], "y_B": LABEL[rows]}
 
 
-def run(directory: Path, *, assemble=assemble, config=CONFIG, mesh=None, loss=loss) -> loop.Trained:
+def run(
+    directory: Path, *, assemble=assemble, config=CONFIG, mesh=None, model=(Noisy, loss)
+) -> loop.Trained:
     return loop.train(
-        loop.Trainable(Noisy, loss),
+        loop.Trainable(*model),
         np.arange(ROWS),
         assemble,
         config=config,
@@ -87,6 +111,30 @@ def test_a_resumed_run_ends_bit_equal(tmp_path: Path, stop_at: int) -> None:
     assert len(steps) <= total - (stop_at - 3) // CONFIG.checkpoint_steps * CONFIG.checkpoint_steps
     checkpoint.discard(tmp_path / "torn")
     assert not (tmp_path / "torn" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("rule", ["adam", "rowwise_adagrad", "lazy_adam"])
+def test_every_rule_of_tables_learns_and_resumes_on_any_mesh(tmp_path: Path, rule: str) -> None:
+    config = replace(CONFIG, optim=OptimConfig(tables=rule, embedding_l2=1e-3, cooldown=0.5))
+    how = {"config": config, "model": (Ctr, ctr_loss)}
+    whole = run(tmp_path / "whole", assemble=ctr_batch, **how)
+    assert whole.curve[-1]["logloss"] < whole.curve[0]["logloss"]
+    calls = iter(range(10**6))
+
+    def dies(rows: np.ndarray) -> Batch:
+        if next(calls) == 17:
+            raise RuntimeError("killed")
+        return ctr_batch(rows)
+
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "torn", assemble=dies, **how)
+    resumed = run(tmp_path / "torn", assemble=ctr_batch, **how)
+    for a, b in zip(values(whole), values(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
+    mesh = make_mesh(MeshConfig(4, 2))
+    many = run(tmp_path / "many", assemble=ctr_batch, mesh=mesh, **how)
+    for a, b in zip(values(whole), values(many), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_learns_and_reports(tmp_path: Path) -> None:

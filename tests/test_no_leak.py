@@ -28,10 +28,10 @@ from leak_world import (
     stored_codes,
 )
 
-from loopfm_jax import flow, inputs, stages
+from loopfm_jax import flow, inputs, packing, stages
 from loopfm_jax.errors import UserError
 from loopfm_jax.fm.train import known_rows
-from loopfm_jax.history import codes, join, packing, reader, slices, store
+from loopfm_jax.history import codes, join, reader, slices, store
 from loopfm_jax.history.codes import Codec
 from loopfm_jax.history.slices import SliceConfig
 from loopfm_jax.vm import train
@@ -77,9 +77,10 @@ def check_labels(world: World, monkeypatch, *, every: int = 15) -> None:
 def check_behaviours(world: World, _) -> None:
     """Every row's `past_` columns hold its key's positive rows of before, padded in front."""
     read = inputs.open_inputs(world.flow.data, reader="vm", behaviours=True)
-    ids = read.batch(np.arange(len(world.log)))["ids_BC"]
+    rows = np.arange(len(world.log))
+    ids = read.batch(rows)["ids_BF"]
     for column, name in enumerate(("item_id", "topic")):
-        past = ids[:, read.schema.columns[f"past_{name}"]]
+        past = read.log.padded(f"past_{name}", rows)
         own = ids[:, column]
         for row, liked in zip(past, world.liked(world.log["label"]), strict=True):
             assert row.tolist() == [0] * (len(row) - len(liked)) + own[liked].tolist()

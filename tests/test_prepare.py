@@ -97,7 +97,7 @@ def test_unknown_and_rare_values_are_the_last_id_of_their_field(tmp_path):
     assert log["ids"][3, at] == unknown  # seen once, min_count is 2
     known = vocabulary(folder, "item")
     assert "-7" not in known and "-5" not in known
-    seen = log.padded("seen", np.arange(200), length=4)
+    seen = log.padded("seen", np.arange(200))
     assert (seen[log.ragged["seen"].lengths == 0] == 0).all()  # padding is the fused id 0
     assert log.ragged["seen"].values.min() > 0
     assert log.ragged["tags"].values.min() > log.schema.offsets["tags"]
@@ -110,7 +110,7 @@ def test_sequences_share_the_vocabulary_they_name(tmp_path):
     known, rows = vocabulary(folder, "item"), log.schema["item"].rows
     assert log.schema.offsets["seen"] == log.schema.offsets["item"]
     assert log.schema["seen"].rows == rows and log.schema["seen"].shares == "item"
-    seen = log.padded("seen", np.arange(len(frame)), length=4)
+    seen = log.padded("seen", np.arange(len(frame)))
     for row, values in enumerate(frame["seen"].to_list()):
         expected = [known.get(str(v), rows - 1) + log.schema.offsets["item"] for v in values[-4:]]
         assert seen[row].tolist() == [0] * (4 - len(expected)) + expected

@@ -12,13 +12,13 @@ from command_line import CommandLine
 from flax import nnx
 from noise import noisy, parts
 
+from loopfm_jax import packing
 from loopfm_jax.config import Config
 from loopfm_jax.data.schema import Field, Schema
 from loopfm_jax.errors import UserError
 from loopfm_jax.flow import Flow
 from loopfm_jax.fm.exporter import ExportConfig
 from loopfm_jax.fm.teacher import FMConfig
-from loopfm_jax.history import packing
 from loopfm_jax.history.codes import Codec
 from loopfm_jax.history.encoders import EncoderConfig
 from loopfm_jax.history.reader import CODE_RMS, Entries, Past, Readers, Reading

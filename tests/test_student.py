@@ -32,10 +32,11 @@ from student_cases import (
     same,
 )
 
+from loopfm_jax import packing
 from loopfm_jax.backbones import build
 from loopfm_jax.data.schema import Field
 from loopfm_jax.errors import UserError
-from loopfm_jax.history import codes, packing
+from loopfm_jax.history import codes
 from loopfm_jax.history.codes import Codec
 from loopfm_jax.history.encoders import EncoderConfig
 from loopfm_jax.history.join import Join

@@ -78,7 +78,7 @@ def test_an_example_sees_the_last_events_strictly_before_it(raw, folder):
     log, _ = load(folder)
     rows = np.arange(len(log))
     users = decoded(folder, log, "userid", log["ids"][:, 0])
-    found = [decoded(folder, log, n, log.padded(n, rows, length=LENGTH)) for n in HISTORY]
+    found = [decoded(folder, log, n, log.padded(n, rows)) for n in HISTORY]
     cate, brand, btag = found
     lengths = set()
     for row in rows[users != "?"]:
@@ -110,7 +110,7 @@ def test_vocabularies_know_what_rows_of_the_fm_window_hold(raw, folder):
     for target, history in zip(TARGET, HISTORY, strict=True):
         at = [f.name for f in log.schema.categorical].index(target)
         own = decoded(folder, log, target, log["ids"][fm, at])
-        past = decoded(folder, log, history, log.padded(history, fm, length=LENGTH))
+        past = decoded(folder, log, history, log.padded(history, fm))
         known = set(vocabulary(folder, target))
         assert known <= {*own.tolist(), *past.ravel().tolist(), ""}
         assert log.schema[history].rows == log.schema[target].rows == len(known) + 2
@@ -130,7 +130,7 @@ def test_nothing_after_the_fm_window_changes_a_vocabulary(raw, folder, tmp_path)
         assert (again / name).read_bytes() == (folder / name).read_bytes()
     (one, splits), (two, _) = load(folder), load(again)
     at = np.arange(len(one))
-    same = one.padded("cate_his", at, length=LENGTH) == two.padded("cate_his", at, length=LENGTH)
+    same = one.padded("cate_his", at) == two.padded("cate_his", at)
     assert same[splits["fm"]].all() and not same[splits["test"]].all()
 
 
@@ -182,20 +182,27 @@ def test_days_are_those_of_the_protocol(folder):
     }
 
 
-def test_models_get_padded_sequences(folder):
+def test_models_get_the_events_side_by_side(folder):
     inputs = open_inputs(folder, reader="vm", behaviours=True)
-    rows = inputs.rows("test")[:9]
-    ids_BC = inputs.batch(rows)["ids_BC"]
-    assert ids_BC.dtype == np.int32 and ids_BC.shape[1] == 16 + 3 * LENGTH
-    columns, offsets = inputs.schema.columns, inputs.schema.offsets
-    for name in HISTORY:
-        part = ids_BC[:, columns[name]]
-        real = part > 0
+    rows, log = inputs.rows("test")[:9], inputs.log
+    batch = inputs.batch(rows)
+    assert batch["ids_BF"].shape[1] == 16
+    (group, names), events = *inputs.schema.groups.items(), batch["events"]
+    assert set(names) == set(HISTORY) and list(events) == [group]
+    ids_TG, length_B = events[group]["ids_TG"], events[group]["length_B"]
+    assert ids_TG.dtype == np.int32 and not ids_TG[length_B.sum() :].any()
+    for i, name in enumerate(names):
+        padded = log.padded(name, rows)
+        real = padded > 0
         assert (np.diff(real.astype(int), axis=1) >= 0).all()  # padded in front
-        assert (part[real] > offsets[name]).all()
-        assert (part[real] < offsets[name] + inputs.schema[name].rows).all()
+        assert (real.sum(axis=1) == length_B).all()
+        newest_first = np.concatenate([row[row > 0][::-1] for row in padded])
+        np.testing.assert_array_equal(ids_TG[: length_B.sum(), i], newest_first)
+        low = inputs.schema.offsets[name]
+        assert (newest_first > low).all()
+        assert (newest_first < low + inputs.schema[name].rows).all()
     narrow = open_inputs(folder, reader="vm", behaviours=False)
-    assert narrow.batch(rows)["ids_BC"].shape[1] == 16
+    assert narrow.batch(rows)["events"] == {}
 
 
 def test_a_user_without_events_and_a_log_without_events(tmp_path):
@@ -205,7 +212,7 @@ def test_a_user_without_events_and_a_log_without_events(tmp_path):
     rewrite(raw, "behavior_log", lambda f: f.clear())
     log, _ = load(prepared_from(raw, tmp_path / "empty"))
     assert not log["behavior_log/length"].any()
-    assert not log.padded("cate_his", np.arange(len(log)), length=LENGTH).any()
+    assert not log.padded("cate_his", np.arange(len(log))).any()
 
 
 WRONG = {

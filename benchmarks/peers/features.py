@@ -1,6 +1,6 @@
 """A schema and its batches as FuxiCTR has them: a feature map, local ids by feature name."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
@@ -45,13 +45,13 @@ def _encoders(encoders: list[str]) -> dict:
     return {"feature_encoder": encoders} if encoders else {}
 
 
-def inputs(schema: Schema, ids_BC: np.ndarray, floats_BN: np.ndarray) -> Inputs:
-    """A batch in the fused id space as tensors by feature name, ids local."""
+def inputs(schema: Schema, ids: Mapping[str, np.ndarray], floats_BN: np.ndarray) -> Inputs:
+    """Fused ids by field, [B,1] or padded [B,L], as tensors by feature name, ids local."""
     found = {}
-    for name, columns in schema.columns.items():
-        ids = ids_BC[:, columns]
-        local = torch.as_tensor(np.where(ids > 0, ids - schema.offsets[name], 0)).long()
-        found[name] = local[:, 0] if schema[name].kind == "categorical" else local
+    for f in schema.fields:
+        local = np.where(ids[f.name] > 0, ids[f.name] - schema.offsets[f.name], 0)
+        tensor = torch.as_tensor(local).long()
+        found[f.name] = tensor[:, 0] if f.kind == "categorical" else tensor
     for i, n in enumerate(schema.numeric):
         found[n.name] = torch.as_tensor(floats_BN[:, i])
     return {n: found[n] for n in _order(schema)}

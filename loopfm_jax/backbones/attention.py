@@ -1,15 +1,18 @@
-"""Attention of a candidate over events: what DIN, DIEN, DMR and DMIN share.
+"""Attention over tokens: a candidate's over events, an event's over the older ones.
+
+What DIN, DIEN, DMR, DMIN and the history encoders share. Everything runs over packed tokens
+(`packing.Tokens`): padding costs nothing, and padded is only another layout of the same tokens.
 
 An event is scored by an MLP of [t, H, t-H, t*H], t the query, H the event (DIN, arXiv 1706.06978).
 That is ~95 % of these models' arithmetic. The first layer is computed as
-t(Wa+Wc) + [H, t*H][Wb-Wc, Wd], half of the products, and what does not depend on the event, or not
-on the example, is multiplied once: a query comes as parts, [B,1,M], [1,L,M] or [B,L,M], whose sum
-it is.
+[H, t*H, t][Wb-Wc, Wd, Wa+Wc], three quarters of the products.
 
 Difference from the public code: Dice in the score MLP takes its statistics from real events only.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +20,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from loopfm_jax.backbones.config import BackboneConfig
-from loopfm_jax.backbones.layers import Key, Mlp, dense, weights
+from loopfm_jax.backbones.layers import Key, Mlp, dense, dropout, weights, wide
+from loopfm_jax.packing import BLOCK, Tokens
 
 
 class Scores(nnx.Module):
-    """Query parts and events [B,L,M] -> scores [B,L], float32; those of padding mean nothing."""
+    """Queries and events [T,M] -> scores [T], float32; those of unreal slots mean nothing."""
 
     def __init__(self, config: BackboneConfig, width: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.dtype = dtype
@@ -35,43 +39,107 @@ class Scores(nnx.Module):
             rngs=rngs,
         )
 
-    def first_layer(self, query: Sequence[jax.Array], events_BLM: jax.Array) -> jax.Array:
-        """The MLP's first layer on [t, H, t-H, t*H] without building that, [B,L,W]."""
-        query = [part.astype(self.dtype) for part in query]
-        events_BLM = events_BLM.astype(self.dtype)
+    def first_layer(self, query_TM: jax.Array, events_TM: jax.Array) -> jax.Array:
+        """The MLP's first layer on [t, H, t-H, t*H] without building that, [T,W]."""
+        query_TM, events_TM = query_TM.astype(self.dtype), events_TM.astype(self.dtype)
         kernel, bias_W = weights(self.mlp.layers[0])
         a_MW, b_MW, c_MW, d_MW = jnp.split(kernel, 4)
-        target_MW = (a_MW + c_MW).astype(self.dtype)
-        # One product for both event blocks: two would write and add [B,L,W] once more.
-        event_XW = jnp.concatenate([b_MW - c_MW, d_MW]).astype(self.dtype)
-        event_BLX = jnp.concatenate([events_BLM, sum(query) * events_BLM], axis=-1)
-        shift = bias_W.astype(self.dtype)[None, None] + sum(part @ target_MW for part in query)
-        return event_BLX @ event_XW + shift
+        kernel_XW = jnp.concatenate([b_MW - c_MW, d_MW, a_MW + c_MW]).astype(self.dtype)
+        seen_TX = jnp.concatenate([events_TM, query_TM * events_TM, query_TM], axis=1)
+        return seen_TX @ kernel_XW + bias_W.astype(self.dtype)[None]
 
     def __call__(
-        self, query: Sequence[jax.Array], events_BLM: jax.Array, mask_BL: jax.Array, *, key: Key
+        self, query_TM: jax.Array, events_TM: jax.Array, tokens: Tokens, *, key: Key
     ) -> jax.Array:
-        first_BLW = self.first_layer(query, events_BLM)
-        return self.mlp.after_first(first_BLW, key=key, mask=mask_BL)[-1][..., 0]
+        def score(query_TM: jax.Array, events_TM: jax.Array, real_T: jax.Array, key: Key):
+            first_TW = self.first_layer(query_TM, events_TM)
+            return self.mlp.after_first(first_TW, key=key, mask=real_T)[-1][:, 0]
+
+        # Statistics of a batch need all of its tokens at once.
+        run = score if self.mlp.dice else by_block(score)
+        return run(query_TM, events_TM, tokens.real_T, key)
+
+
+def by_block(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`f(*per_token, key)` over BLOCK tokens at a time, computed again for the gradient.
+
+    On CPU only: what a block needs stays in the cache, and memory does not grow with T. An
+    accelerator wants the large products, and few tokens are one block anyway.
+    """
+
+    def run(*args: Any) -> jax.Array:
+        *per_token, key = args
+        slots = len(per_token[0])
+        if jax.default_backend() != "cpu" or slots % BLOCK or slots == BLOCK:
+            return f(*per_token, key)
+        count = slots // BLOCK
+        blocks = [x.reshape(count, BLOCK, *x.shape[1:]) for x in per_token]
+        keys = None if key is None else jax.random.split(key, count)
+        found = jax.lax.map(lambda at: jax.checkpoint(f)(*at), (*blocks, keys))
+        return found.reshape(slots, *found.shape[2:])
+
+    return run
 
 
 class Query(nnx.Module):
-    """W [target ; position] + b as parts: [B,1,M] and, if positions have a width, [1,L,M]."""
+    """W [target ; position] + b, for every token; no positions where their width is 0."""
 
     def __init__(self, width: int, length: int, position_width: int, *, rngs: nnx.Rngs):
         positions = jnp.zeros((length, position_width))
-        self.position_LP = nnx.Param(positions) if position_width else None
+        self.position_LP = nnx.Param(positions) if position_width else None  # Orbax: no empty ones
         self.project = dense(width + position_width, width, rngs=rngs)
 
-    def __call__(self, target_BM: jax.Array, length: int) -> list[jax.Array]:
+    def __call__(self, target_BM: jax.Array, tokens: Tokens) -> jax.Array:
         kernel, bias_M = weights(self.project)
         width = target_BM.shape[1]
-        parts = [(target_BM @ kernel[:width] + bias_M[None])[:, None]]
-        if self.position_LP is not None:
-            parts.append((self.position_LP[...][:length] @ kernel[width:])[None])
-        return parts
+        query_TM = tokens.spread(target_BM @ kernel[:width] + bias_M[None])
+        if self.position_LP is None:
+            return query_TM
+        return query_TM + (self.position_LP[...] @ kernel[width:])[tokens.column_T]
 
 
-def pool(weights_BL: jax.Array, events_BLM: jax.Array) -> jax.Array:
-    """The weighted sum of the events, [B,M]."""
-    return jnp.einsum("BL,BLM->BM", weights_BL.astype(events_BLM.dtype), events_BLM)
+def pool(weighed: Sequence[tuple[jax.Array, jax.Array]], tokens: Tokens) -> jax.Array:
+    """The weighted sums of ([T], [T,M]), side by side in float32, [B,H*M]."""
+    return jnp.concatenate([tokens.sum(w_T[:, None] * wide(x_TM)) for w_T, x_TM in weighed], axis=1)
+
+
+def self_attend(
+    qkv_TX: jax.Array, tokens: Tokens, *, heads: int, rate: float = 0.0, key: Key = None
+) -> jax.Array:
+    """Causal scaled dot-product self-attention: an entry sees itself and older ones of its example.
+
+    An example's entries stand side by side, newest first, at most L of them: a block of L slots
+    sees itself and the next one. So the scores are T * 2L and need no padding, whose [B,H,L,L] is
+    mostly empty.
+
+    Args:
+      qkv_TX: queries, keys and values side by side, X = 3 * heads * D.
+      tokens: whose they are.
+      heads: H.
+      rate: dropout of the attention weights.
+      key: randomness of that dropout; None means inference.
+
+    Returns:
+      [T,H,D].
+    """
+    (slots, width), length = qkv_TX.shape, tokens.length
+    size = width // (3 * heads)
+
+    def blocks(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, -slots % length)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(-1, length, *x.shape[1:])
+
+    def seen(x: jax.Array) -> jax.Array:
+        return jnp.concatenate([x, jnp.concatenate([x[1:], jnp.zeros_like(x[:1])])], axis=-2)
+
+    qkv_CHLD = jnp.moveaxis(blocks(qkv_TX.reshape(slots, 3 * heads, size)), 2, 1)
+    q, k, v = jnp.split(qkv_CHLD, 3, axis=1)  # heads first: batched dots
+    owner_CL = blocks(jnp.where(tokens.real_T, tokens.segment_T + 1, 0))
+    owner_CS = seen(owner_CL[..., None])[..., 0]
+    older_LS = jnp.arange(2 * length)[None] >= jnp.arange(length)[:, None]
+    mask_CLS = older_LS[None] & (owner_CL[:, :, None] == owner_CS[:, None])
+    score_CHLS = wide(jnp.einsum("CHLD,CHSD->CHLS", q, seen(k))) / math.sqrt(size)
+    score_CHLS = jnp.where(mask_CLS[:, None], score_CHLS, -jnp.inf)
+    weight_CHLS = dropout(jax.nn.softmax(score_CHLS), rate, key).astype(v.dtype)
+    mixed_CHLD = jnp.einsum("CHLS,CHSD->CHLD", weight_CHLS, seen(v))
+    return jnp.moveaxis(mixed_CHLD, 1, 2).reshape(-1, heads, size)[:slots]

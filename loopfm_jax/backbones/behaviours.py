@@ -4,8 +4,7 @@ They differ in how one behaviour, a sequence of earlier events and the candidate
 answers to, becomes a vector: an `Interest`. The vectors of all behaviours and every other field
 enter a DNN. Sequences outside every behaviour enter as masked means.
 
-Letters: M = E * number of target fields, the width of an event. Sequences stand oldest first,
-padded at either end.
+Letters: M = E * number of target fields, the width of an event.
 """
 
 from abc import abstractmethod
@@ -19,7 +18,8 @@ from loopfm_jax.backbones.layers import Key, split, stack_fields, wide
 from loopfm_jax.backbones.output import Backbone, Output, name_taps
 from loopfm_jax.data.schema import Behaviour
 from loopfm_jax.errors import UserError
-from loopfm_jax.tables import Embedded, Features
+from loopfm_jax.packing import Tokens
+from loopfm_jax.tables import Embedded
 
 
 @struct.dataclass
@@ -28,23 +28,28 @@ class Seen:
 
     target_BM: jax.Array
     """The candidate."""
-    events_BLM: jax.Array
-    """Zeros at padding: whatever stands there must not reach a product, as 0 * inf is not 0."""
-    mask_BL: jax.Array
-    """True where a real event stands."""
-    features: Features
-    """The ids themselves."""
+    events_TM: jax.Array
+    """Newest first; zeros at unreal slots: whatever stands there must not reach a product, as
+    0 * inf is not 0."""
+    tokens: Tokens
+    """Whose the events are."""
+    ids: dict[str, jax.Array]
+    """Fused ids by field."""
 
 
 def see(embedded: Embedded, pair: Behaviour) -> Seen:
-    mask_BL = embedded.masks[pair.history[0]]
-    events_BLM = jnp.concatenate([embedded.sequences[n] for n in pair.history], axis=-1)
+    tokens = embedded.tokens[pair.history[0]]
+    events_TM = jnp.concatenate([embedded.sequences[n] for n in pair.history], axis=1)
     return Seen(
-        target_BM=jnp.concatenate([embedded.fields[n] for n in pair.target], axis=-1),
-        events_BLM=jnp.where(mask_BL[..., None], events_BLM, 0),
-        mask_BL=mask_BL,
-        features=embedded.features,
+        target_BM=jnp.concatenate([embedded.fields[n] for n in pair.target], axis=1),
+        events_TM=jnp.where(tokens.real_T[:, None], events_TM, 0),
+        tokens=tokens,
+        ids=embedded.ids,
     )
+
+
+Weighed = list[tuple[jax.Array, jax.Array]]
+"""Of every interest the weights [T] and what they weigh [T,M]."""
 
 
 class Interest(nnx.Module):
@@ -57,8 +62,12 @@ class Interest(nnx.Module):
     def __init__(self, spec: Spec, pair: Behaviour, *, rngs: nnx.Rngs): ...
 
     @abstractmethod
+    def weigh(self, seen: Seen, *, key: Key) -> Weighed:
+        """What the candidate attends to; key: randomness of dropout, None means inference."""
+
+    @abstractmethod
     def __call__(self, seen: Seen, *, key: Key) -> jax.Array:
-        """The vector, [B,X]; key: randomness of dropout, None means inference."""
+        """The vector, [B,X]."""
 
 
 def check(spec: Spec) -> None:

@@ -35,5 +35,5 @@ class DeepFM(Backbone):
         )
         flat_BX = fields_BFE.reshape(fields_BFE.shape[0], -1)
         *hidden, deep_B1 = self.dnn(flat_BX, key=key)
-        shallow_B = self.first_order(embedded.features) + pairwise(fields_BFE).sum(1)
+        shallow_B = self.first_order(embedded) + pairwise(fields_BFE).sum(1)
         return Output(shallow_B + deep_B1[:, 0], name_taps(flat_BX, hidden), hidden[-1])

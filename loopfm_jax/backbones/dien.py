@@ -7,7 +7,6 @@ Both are one cell, the first with a_t = 1. No history gives zeros. The auxiliary
 as in the public runs.
 
 Differences from the public code, none of which changes a count:
-  - padding may stand at either end (a padded step keeps the state); there, only at the end;
   - both cells start xavier-normal with zero biases; there the first keeps torch's uniform start;
   - the first cell's update gate says how much is taken, there how much is kept: weights of the
     other sign;
@@ -20,27 +19,32 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from loopfm_jax.backbones.attention import Scores
-from loopfm_jax.backbones.behaviours import Interest, Seen
+from loopfm_jax.backbones.behaviours import Interest, Seen, Weighed
 from loopfm_jax.backbones.config import Spec
-from loopfm_jax.backbones.layers import Key, dense, masked_softmax, weights, wide
+from loopfm_jax.backbones.layers import Key, dense, weights, wide
 from loopfm_jax.data.schema import Behaviour
+from loopfm_jax.packing import Tokens
 
 
 class Gru(nnx.Module):
-    """Steps x [B,L,M] -> states [B,L,M], starting from zeros. Gates in the order u, r, n."""
+    """Events [T,M] -> states after each of them [T,M] and after the newest [B,M], from zeros.
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
+    Gates in the order u, r, n. A recurrence gains nothing from packing: it runs over the padded
+    histories, its input products over the tokens.
+    """
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.dtype = dtype
         self.input = dense(width, 3 * width, dtype=dtype, rngs=rngs)
         self.state = dense(width, 3 * width, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x_BLM: jax.Array, mask_BL: jax.Array, attention_BL: jax.Array | None = None
-    ) -> jax.Array:
-        """mask: steps that count; attention: factor of the update gate (none: 1)."""
+        self, x_TM: jax.Array, tokens: Tokens, attention_T: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """attention: factor of the update gate (none: 1)."""
         kernel, bias_X = weights(self.state)
         kernel = kernel.astype(self.dtype)
-        update_BL = jnp.where(mask_BL, 1.0 if attention_BL is None else attention_BL, 0)
+        update_T = jnp.where(tokens.real_T, 1.0 if attention_T is None else attention_T, 0)
 
         def step(h_BM: jax.Array, at: tuple[jax.Array, jax.Array]):
             from_x, update_B = at
@@ -51,10 +55,12 @@ class Gru(nnx.Module):
             h_BM = h_BM + u_BM * (new_BM - h_BM)
             return h_BM, h_BM
 
-        gates_LBX = jnp.moveaxis(wide(self.input(x_BLM)), 1, 0)
-        start_BM = jnp.zeros_like(gates_LBX[0, :, : x_BLM.shape[2]])
-        _, states_LBM = jax.lax.scan(step, start_BM, (gates_LBX, update_BL.T))
-        return jnp.moveaxis(states_LBM, 0, 1)
+        gates_LBX = jnp.moveaxis(tokens.pad(wide(self.input(x_TM))), 1, 0)
+        start_BM = jnp.zeros_like(gates_LBX[0, :, : x_TM.shape[1]])
+        over = gates_LBX, tokens.pad(update_T).T
+        # The newest stands first.
+        last_BM, states_LBM = jax.lax.scan(step, start_BM, over, reverse=True)
+        return tokens.unpad(jnp.moveaxis(states_LBM, 0, 1)), last_BM
 
 
 class DIEN(Interest):
@@ -66,9 +72,12 @@ class DIEN(Interest):
         self.scores = Scores(spec.config, self.width, dtype=spec.dtype, rngs=rngs)
         self.evolution = Gru(self.width, dtype=spec.dtype, rngs=rngs)
 
+    def weigh(self, seen: Seen, *, key: Key) -> Weighed:
+        tokens = seen.tokens
+        states_TM, _ = self.extraction(seen.events_TM, tokens)
+        score_T = self.scores(tokens.spread(seen.target_BM), states_TM, tokens, key=key)
+        return [(tokens.softmax(score_T), states_TM)]
+
     def __call__(self, seen: Seen, *, key: Key) -> jax.Array:
-        mask_BL = seen.mask_BL
-        interests_BLM = self.extraction(seen.events_BLM, mask_BL)
-        scores_BL = self.scores([seen.target_BM[:, None]], interests_BLM, mask_BL, key=key)
-        attention_BL = masked_softmax(scores_BL, mask_BL)
-        return self.evolution(interests_BLM, mask_BL, attention_BL)[:, -1]
+        [(weight_T, states_TM)] = self.weigh(seen, key=key)
+        return self.evolution(states_TM, seen.tokens, weight_T)[1]

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from loopfm_jax.backbones.attention import Scores, pool
-from loopfm_jax.backbones.behaviours import Interest, Seen
+from loopfm_jax.backbones.behaviours import Interest, Seen, Weighed
 from loopfm_jax.backbones.config import Spec
-from loopfm_jax.backbones.layers import Key, masked_softmax
+from loopfm_jax.backbones.layers import Key
 from loopfm_jax.data.schema import Behaviour
 
 
@@ -25,10 +25,11 @@ class DIN(Interest):
         self.width = spec.event_width(pair)
         self.scores = Scores(spec.config, self.width, dtype=spec.dtype, rngs=rngs)
 
+    def weigh(self, seen: Seen, *, key: Key) -> Weighed:
+        tokens = seen.tokens
+        score_T = self.scores(tokens.spread(seen.target_BM), seen.events_TM, tokens, key=key)
+        weight_T = tokens.softmax(score_T) if self.softmax else jnp.where(tokens.real_T, score_T, 0)
+        return [(weight_T, seen.events_TM)]
+
     def __call__(self, seen: Seen, *, key: Key) -> jax.Array:
-        scores_BL = self.scores([seen.target_BM[:, None]], seen.events_BLM, seen.mask_BL, key=key)
-        if self.softmax:
-            weights_BL = masked_softmax(scores_BL, seen.mask_BL)
-        else:
-            weights_BL = jnp.where(seen.mask_BL, scores_BL, 0)
-        return pool(weights_BL, seen.events_BLM)
+        return pool(self.weigh(seen, key=key), seen.tokens)

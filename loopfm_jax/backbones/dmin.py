@@ -13,29 +13,20 @@ Differences from the public code, none of which changes a count:
 """
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from loopfm_jax.backbones.attention import Query, Scores, pool
-from loopfm_jax.backbones.behaviours import Interest, Seen
+from loopfm_jax.backbones.attention import Query, Scores, pool, self_attend
+from loopfm_jax.backbones.behaviours import Interest, Seen, Weighed
 from loopfm_jax.backbones.config import BackboneConfig, Spec
-from loopfm_jax.backbones.layers import (
-    FeedForward,
-    Key,
-    causal_mask,
-    dense,
-    dropout,
-    masked_softmax,
-    self_attend,
-    split,
-)
+from loopfm_jax.backbones.layers import FeedForward, Key, dense, dropout, split
 from loopfm_jax.data.schema import Behaviour
 from loopfm_jax.errors import UserError
+from loopfm_jax.packing import Tokens
 
 
 class Refiner(nnx.Module):
-    """Self-attention with a residual, then `FeedForward`: [B,L,M] -> [B,L,M]."""
+    """Self-attention with a residual, then `FeedForward`: [T,M] -> [T,M]."""
 
     def __init__(self, config: BackboneConfig, width: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.config = config
@@ -43,12 +34,12 @@ class Refiner(nnx.Module):
         self.out = dense(width, width, dtype=dtype, rngs=rngs)
         self.forward = FeedForward(width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_BLM: jax.Array, mask_BLL: jax.Array, *, key: Key) -> jax.Array:
+    def __call__(self, x_TM: jax.Array, tokens: Tokens, *, key: Key) -> jax.Array:
         see_key, out_key = split(key, 2)
         heads, rate = self.config.heads, self.config.attention_dropout
-        seen_BLHD = self_attend(self.qkv(x_BLM), mask_BLL, heads=heads, rate=rate, key=see_key)
-        seen_BLM = dropout(self.out(seen_BLHD.reshape(x_BLM.shape)), self.config.dropout, out_key)
-        return self.forward(x_BLM + seen_BLM)
+        seen_THD = self_attend(self.qkv(x_TM), tokens, heads=heads, rate=rate, key=see_key)
+        seen_TM = dropout(self.out(seen_THD.reshape(x_TM.shape)), self.config.dropout, out_key)
+        return self.forward(x_TM + seen_TM)
 
 
 class Head(nnx.Module):
@@ -67,20 +58,18 @@ class Head(nnx.Module):
     def __call__(
         self,
         target_BM: jax.Array,
-        events_BLM: jax.Array,
-        seen_BLD: jax.Array,
-        mask_BL: jax.Array,
+        events_TM: jax.Array,
+        seen_TD: jax.Array,
+        tokens: Tokens,
         *,
         key: Key,
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, jax.Array]:
+        """The weight of every event [T], and the events as this head sees them [T,M]."""
         out_key, score_key = split(key, 2)
-        seen_BLM = dropout(self.out(seen_BLD), self.rate, out_key)
-        head_BLM = self.forward(events_BLM + seen_BLM)
-        query = [target_BM[:, None]]
-        if self.query is not None:
-            query = self.query(target_BM, mask_BL.shape[1])
-        scores_BL = self.scores(query, head_BLM, mask_BL, key=score_key)
-        return pool(masked_softmax(scores_BL, mask_BL), head_BLM)
+        head_TM = self.forward(events_TM + dropout(self.out(seen_TD), self.rate, out_key))
+        query = self.query(target_BM, tokens) if self.query else tokens.spread(target_BM)
+        score_T = self.scores(query, head_TM, tokens, key=score_key)
+        return tokens.softmax(score_T), head_TM
 
 
 class DMIN(Interest):
@@ -106,17 +95,17 @@ class DMIN(Interest):
             for _ in range(config.heads)
         )
 
-    def __call__(self, seen: Seen, *, key: Key) -> jax.Array:
-        heads = len(self.heads)
+    def weigh(self, seen: Seen, *, key: Key) -> Weighed:
+        heads, tokens = len(self.heads), seen.tokens
         refiner_key, see_key, *keys = split(key, 2 + heads)
-        mask_BLL = causal_mask(seen.mask_BL)
-        x_BLM = seen.events_BLM.astype(self.dtype)
+        x_TM = seen.events_TM.astype(self.dtype)
         if self.refiner is not None:
-            x_BLM = self.refiner(x_BLM, mask_BLL, key=refiner_key)
-        qkv_BLX = self.qkv(x_BLM)
-        seen_BLHD = self_attend(qkv_BLX, mask_BLL, heads=heads, rate=self.rate, key=see_key)
-        interests = [
-            head(seen.target_BM, x_BLM, seen_BLHD[:, :, i], seen.mask_BL, key=k)
+            x_TM = self.refiner(x_TM, tokens, key=refiner_key)
+        seen_THD = self_attend(self.qkv(x_TM), tokens, heads=heads, rate=self.rate, key=see_key)
+        return [
+            head(seen.target_BM, x_TM, seen_THD[:, i], tokens, key=k)
             for i, (head, k) in enumerate(zip(self.heads, keys, strict=True))
         ]
-        return jnp.concatenate(interests, axis=-1)
+
+    def __call__(self, seen: Seen, *, key: Key) -> jax.Array:
+        return pool(self.weigh(seen, key=key), seen.tokens)

@@ -13,8 +13,6 @@ Differences from the public code:
     with `u2i` only, so the published counts are ours plus those (PAPER section 5; 248 of 291
     million parameters on KuaiVideo);
   - with several behaviours each has second tables of its own; there behaviours share them;
-  - the match reads the last real event's view, wherever padding stands; there the last column's,
-    which is the same when padded in front;
   - and that of `attention`.
 """
 
@@ -23,9 +21,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from loopfm_jax.backbones.attention import Query, Scores, pool
-from loopfm_jax.backbones.behaviours import Interest, Seen
+from loopfm_jax.backbones.behaviours import Interest, Seen, Weighed
 from loopfm_jax.backbones.config import Spec
-from loopfm_jax.backbones.layers import Key, dense, masked_softmax, split
+from loopfm_jax.backbones.layers import Key, dense, split
 from loopfm_jax.data.schema import Behaviour
 from loopfm_jax.tables import PrivateTable
 
@@ -35,6 +33,7 @@ class Match(nnx.Module):
 
     def __init__(self, spec: Spec, pair: Behaviour, *, rngs: nnx.Rngs):
         config, width = spec.config, spec.event_width(pair)
+        self.target = pair.target
         self.table = PrivateTable(spec.schema, pair.target, config.tables, rngs=rngs)
         self.position_LP = nnx.Param(jnp.zeros((spec.length(pair), config.position_width)))
         self.query = dense(config.position_width, width, rngs=rngs)
@@ -42,12 +41,13 @@ class Match(nnx.Module):
         self.user = dense(width, width, rngs=rngs)
 
     def __call__(self, seen: Seen, *, key: Key) -> jax.Array:
-        positions_LP = self.position_LP[...][: seen.mask_BL.shape[1]]
-        query = [jax.nn.relu(self.query(positions_LP))[None]]
-        scores_BL = self.scores(query, seen.events_BLM, seen.mask_BL, key=key)
-        past_BM = pool(masked_softmax(scores_BL, seen.mask_BL), seen.events_BLM)
+        tokens = seen.tokens
+        query_LM = jax.nn.relu(self.query(self.position_LP[...]))
+        score_T = self.scores(query_LM[tokens.column_T], seen.events_TM, tokens, key=key)
+        past_BM = pool([(tokens.softmax(score_T), seen.events_TM)], tokens)
         user_BM = jax.nn.relu(self.user(past_BM))
-        item_BM = self.table(seen.features.ids_BC).reshape(user_BM.shape)
+        rows = self.table(seen.ids)
+        item_BM = jnp.concatenate([rows[name] for name in self.target], axis=1)
         return (user_BM * item_BM).sum(1, keepdims=True)
 
 
@@ -61,11 +61,14 @@ class DMR(Interest):
         self.scores = Scores(config, width, dtype=spec.dtype, rngs=rngs)
         self.match = Match(spec, pair, rngs=rngs) if config.u2i else None
 
+    def weigh(self, seen: Seen, *, key: Key) -> Weighed:
+        query_TM = jax.nn.relu(self.query(seen.target_BM, seen.tokens))
+        score_T = self.scores(query_TM, seen.events_TM, seen.tokens, key=key)
+        return [(seen.tokens.softmax(score_T), seen.events_TM)]
+
     def __call__(self, seen: Seen, *, key: Key) -> jax.Array:
         key, match_key = split(key, 2)
-        query = jax.nn.relu(sum(self.query(seen.target_BM, seen.mask_BL.shape[1])))
-        scores_BL = self.scores([query], seen.events_BLM, seen.mask_BL, key=key)
-        past_BM = pool(masked_softmax(scores_BL, seen.mask_BL), seen.events_BLM)
+        past_BM = pool(self.weigh(seen, key=key), seen.tokens)
         if self.match is None:
             return past_BM
-        return jnp.concatenate([past_BM, self.match(seen, key=match_key)], axis=-1)
+        return jnp.concatenate([past_BM, self.match(seen, key=match_key)], axis=1)

@@ -56,6 +56,6 @@ class FmFM(Backbone):
             embedded, pooled=self.pooled, extra_BKE=extra_BKE, extra_fields=self.extra_fields
         )
         pairs_BE = self.interaction(fields_BFE)
-        logits_B = self.first_order(embedded.features) + pairs_BE.sum(1)
+        logits_B = self.first_order(embedded) + pairs_BE.sum(1)
         flat_BX = fields_BFE.reshape(fields_BFE.shape[0], -1)
         return Output(logits_B, {"embedding": flat_BX, "interaction": pairs_BE}, pairs_BE)

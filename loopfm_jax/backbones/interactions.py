@@ -8,7 +8,7 @@ from flax import nnx
 
 from loopfm_jax.backbones.layers import wide
 from loopfm_jax.data.schema import Schema
-from loopfm_jax.tables import Features, PrivateTable, TableConfig
+from loopfm_jax.tables import Embedded, PrivateTable, TableConfig
 
 
 class FirstOrder(nnx.Module):
@@ -26,12 +26,15 @@ class FirstOrder(nnx.Module):
         self.numeric_N = nnx.Param(weights) if schema.numeric else None
         self.bias = nnx.Param(jnp.zeros(()))
 
-    def __call__(self, features: Features) -> jax.Array:
-        """ids_BC, floats_BN -> [B]."""
-        weights_B = self.table(features.ids_BC).sum((1, 2)) + self.bias[...]
+    def __call__(self, embedded: Embedded) -> jax.Array:
+        """[B]."""
+        found = self.table(embedded.ids)
+        for name, tokens in embedded.tokens.items():
+            found[name] = tokens.sum(found[name])
+        weights_B = jnp.concatenate(list(found.values()), axis=1).sum(1) + self.bias[...]
         if self.numeric_N is None:
             return weights_B
-        return weights_B + features.floats_BN @ self.numeric_N[...]
+        return weights_B + embedded.floats_BN @ self.numeric_N[...]
 
 
 def pairwise(fields_BFE: jax.Array) -> jax.Array:

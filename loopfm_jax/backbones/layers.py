@@ -1,4 +1,4 @@
-"""Dense layers that the backbones share: MLP, Dice, dropout, pooling, self-attention.
+"""Dense layers that the backbones share: MLP, Dice, dropout, stacked fields.
 
 Randomness comes as a key of the call; no key means inference: no dropout, running statistics.
 `dtype` is the arithmetic of the large products. Parameters, normalisation statistics, softmax and
@@ -65,69 +65,17 @@ def split(key: Key, count: int) -> list[Key]:
 
 
 def dropout(x: jax.Array, rate: float, key: Key) -> jax.Array:
-    """Zeroes elements with probability `rate` and scales the others; without a key, identity."""
-    if key is None or rate == 0:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0)
+    """Zeroes elements with probability `rate` and scales the others; without a key, identity.
 
-
-def masked_mean(x_BLE: jax.Array, mask_BL: jax.Array) -> jax.Array:
-    """Mean over the real events, [B,E]; zeros where there is none."""
-    total_BE = jnp.where(mask_BL[..., None], x_BLE, 0).sum(1)
-    return total_BE / jnp.maximum(mask_BL.sum(1, keepdims=True), 1)
-
-
-def masked_softmax(scores_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
-    """Softmax over the real events, float32; all zeros (and no gradient) where there is none."""
-    scores_BL = jnp.where(mask_BL, wide(scores_BL), jnp.finfo(jnp.float32).min)
-    peak_B1 = jax.lax.stop_gradient(scores_BL.max(1, keepdims=True))
-    weights_BL = jnp.where(mask_BL, jnp.exp(scores_BL - peak_B1), 0)
-    # Not maximum(sum, 1): a single event's sum is 1, where that halves the gradient.
-    total_B1 = weights_BL.sum(1, keepdims=True)
-    return weights_BL / jnp.where(total_B1 > 0, total_B1, 1)
-
-
-def causal_mask(mask_BL: jax.Array) -> jax.Array:
-    """Which events [B,L,L] each event sees: real ones up to its own, and always itself."""
-    length = mask_BL.shape[1]
-    earlier_LL = jnp.tril(jnp.ones((length, length), bool), -1)
-    return (earlier_LL[None] & mask_BL[:, None, :]) | jnp.eye(length, dtype=bool)[None]
-
-
-def self_attend(
-    qkv_BLX: jax.Array,
-    mask_BLL: jax.Array,
-    *,
-    heads: int,
-    rate: float = 0.0,
-    key: Key = None,
-) -> jax.Array:
-    """Scaled dot-product self-attention.
-
-    Args:
-      qkv_BLX: queries, keys and values side by side, X = 3 * heads * D.
-      mask_BLL: True where the row may look at the column; every row needs one True.
-      heads: H.
-      rate: dropout of the attention weights.
-      key: randomness of that dropout.
-
-    Returns:
-      [B,L,H,D].
+    The rate is rounded to 1/256: one drawn number decides about four elements, which is half of
+    the time of a training step where an MLP runs over tokens.
     """
-    batch, length, width = qkv_BLX.shape
-    shape = (batch, length, heads, width // (3 * heads))
-    q_BLHD, k_BLHD, v_BLHD = (x.reshape(shape) for x in jnp.split(qkv_BLX, 3, axis=-1))
-    return nnx.dot_product_attention(
-        q_BLHD,
-        k_BLHD,
-        v_BLHD,
-        mask=mask_BLL[:, None],
-        broadcast_dropout=False,
-        dropout_rng=key,
-        dropout_rate=0.0 if key is None else rate,
-        deterministic=key is None,
-    )
+    kept = round(256 * (1 - rate))
+    if key is None or kept == 256:
+        return x
+    words = jax.random.bits(key, (-(-x.size // 4),), jnp.uint32)
+    byte = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[: x.size].reshape(x.shape)
+    return jnp.where(byte < kept, x * (256 / kept), 0)
 
 
 def stack_fields(
@@ -139,7 +87,7 @@ def stack_fields(
         raise ValueError(
             f"extra_BKE has {given} fields; the backbone was built for extra_fields={extra_fields}"
         )
-    means = [masked_mean(embedded.sequences[name], embedded.masks[name]) for name in pooled]
+    means = [embedded.tokens[name].mean(embedded.sequences[name]) for name in pooled]
     fields_BFE = jnp.stack([*embedded.fields.values(), *means], axis=1)
     if extra_BKE is None:
         return fields_BFE

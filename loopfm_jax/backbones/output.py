@@ -1,11 +1,13 @@
 """What every backbone returns, and what it may take besides the embedded features."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from flax import nnx, struct
 
-from loopfm_jax.tables import Embedded, Embedder, Features
+from loopfm_jax.tables import Embedded, Embedder
 
 
 @struct.dataclass
@@ -35,8 +37,9 @@ class Backbone(nnx.Module):
     trunk_width: int
     """Width of `Output.trunk_BW`."""
 
-    def embed(self, features: Features) -> Embedded:
-        return self.embedder(features)
+    def embed(self, batch: Mapping[str, Any]) -> Embedded:
+        """batch: of `Embedder`."""
+        return self.embedder(batch)
 
     @abstractmethod
     def __call__(

@@ -1,7 +1,7 @@
 """A prepared log in memory: columns by name, and feature batches for any part of its schema."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -72,49 +72,59 @@ class Log:
         }
         return replace(self, schema=schema, columns=columns, ragged=ragged)
 
-    def padded(self, name: str, rows: np.ndarray, *, length: int) -> np.ndarray:
-        """Fused ids of a sequence field at `rows` as [B, length], padded with 0 in front."""
-        return self.fill(name, self.slots(name, rows, length=length))
+    def events(self, names: Sequence[str], rows: np.ndarray) -> "Events":
+        """Sequence fields that are read side by side (`Schema.groups`), at `rows`.
 
-    def slots(self, name: str, rows: np.ndarray, *, length: int) -> "Slots":
-        """Where the last `length` values of a sequence field stand; equal for fields of one
-        `slices`."""
-        f = self.schema[name]
-        if f.slices:
-            end, count = self[f"{f.slices}/end"][rows], self[f"{f.slices}/length"][rows]
-        else:
-            count = self.ragged[name].lengths[rows]
-            end = self.starts[name][rows] + count
-        return find_slots(end, count, length=length)
+        A field that has fewer events than another of its group gets padding in the place of those
+        that it lacks, the oldest.
+        """
+        ends, counts = zip(*(self._slices(name, rows) for name in names), strict=True)
+        length_B = np.minimum(np.maximum.reduce(counts), self.schema[names[0]].length)
+        start_B = np.cumsum(length_B) - length_B
+        rank_T = np.arange(length_B.sum()) - np.repeat(start_B, length_B)
+        ids_TG = np.empty((len(rank_T), len(names)), np.int32)
+        for i, (name, end_B, count_B) in enumerate(zip(names, ends, counts, strict=True)):
+            ids_T = self._values(name, np.repeat(end_B - 1, length_B) - rank_T)
+            whole = np.array_equal(np.minimum(count_B, length_B), length_B)
+            ids_TG[:, i] = (
+                ids_T if whole else np.where(rank_T < np.repeat(count_B, length_B), ids_T, 0)
+            )
+        return Events(ids_TG, length_B.astype(np.int32))
 
-    def fill(self, name: str, slots: "Slots") -> np.ndarray:
-        """The fused ids at `slots`, int32 [B, length]."""
+    def padded(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Fused ids of a sequence field at `rows` as people read them: [B, length], oldest first,
+        0 in front where there are fewer."""
+        ids_TG, length_B = self.events((name,), rows)
+        longest = self.schema[name].length
+        padded_BL = np.zeros((len(rows), longest), np.int32)
+        padded_BL[np.arange(longest) < length_B[:, None]] = ids_TG[:, 0]
+        return padded_BL[:, ::-1]
+
+    def _slices(self, name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(end, length) of a sequence field at `rows`, in `_values`."""
+        at = self.schema[name].slices
+        if at:
+            return self[f"{at}/end"][rows].astype(np.int64), self[f"{at}/length"][rows]
+        count = self.ragged[name].lengths[rows]
+        return self.starts[name][rows] + count, count
+
+    def _values(self, name: str, index: np.ndarray) -> np.ndarray:
+        """Fused ids of a sequence field; what lies outside is garbage."""
         f = self.schema[name]
         values = self.sequences[name] if f.slices else self.ragged[name].values
-        return fill_slots(values, slots, offset=self.schema.offsets[name] if f.slices else 0)
+        if not len(values):
+            return np.zeros(len(index), np.int32)
+        ids = values.take(index, mode="clip").astype(np.int32, copy=False)
+        return ids + np.int32(self.schema.offsets[name]) if f.slices else ids
 
 
-class Slots(NamedTuple):
-    """Padded sequences: the position of every value, and whether there is one."""
+class Events(NamedTuple):
+    """Events of B rows one after the other, newest first."""
 
-    index_BL: np.ndarray
-    real_BL: np.ndarray
-
-
-def find_slots(end: np.ndarray, count: np.ndarray, *, length: int) -> Slots:
-    """The last `length` positions of every slice `end - count : end`, padded in front."""
-    back_L = np.arange(length, 0, -1)
-    return Slots(end[:, None] - back_L, back_L <= count[:, None])
-
-
-def fill_slots(values: np.ndarray, slots: Slots, *, offset: int = 0) -> np.ndarray:
-    """`values + offset` at the slots, 0 where there is none; int32 [B, length]."""
-    if not len(values):
-        return np.zeros(slots.real_BL.shape, np.int32)
-    filled_BL = values.take(slots.index_BL, mode="clip").astype(np.int32, copy=False)
-    filled_BL += offset
-    filled_BL *= slots.real_BL
-    return filled_BL
+    ids_TG: np.ndarray
+    """Fused ids, int32."""
+    length_B: np.ndarray
+    """How many belong to each row, int32."""
 
 
 def read_schema(directory: Path) -> Schema:

@@ -60,7 +60,7 @@ class Behaviour:
 
 @dataclass(frozen=True)
 class Schema:
-    """Columns of a log. `ids_BC` holds the categorical fields first, then every sequence field."""
+    """Columns of a log."""
 
     fields: tuple[Field, ...]
     numeric: tuple[Numeric, ...] = ()
@@ -101,13 +101,18 @@ class Schema:
         return offsets
 
     @property
-    def columns(self) -> dict[str, slice]:
-        """Where each field stands in `ids_BC`."""
-        columns, start = {}, 0
-        for f in (*self.categorical, *self.sequences):
-            columns[f.name] = slice(start, start + f.length)
-            start += f.length
-        return columns
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """Sequences that are read side by side, event by event, under the name of the first: those
+        of one behaviour, those of one `slices`; any other alone."""
+        groups: dict[str, tuple[str, ...]] = {}
+        for f in self.sequences:
+            if any(f.name in names for names in groups.values()):
+                continue
+            together = [b.history for b in self.behaviours if f.name in b.history]
+            if f.slices:
+                together.append(tuple(g.name for g in self.sequences if g.slices == f.slices))
+            groups[f.name] = (f.name, *dict.fromkeys(n for t in together for n in t if n != f.name))
+        return groups
 
     def __getitem__(self, name: str) -> Field:
         return next(f for f in self.fields if f.name == name)

@@ -17,7 +17,7 @@ from loopfm_jax.fm.compressor import COMPRESSORS, CompressorConfig
 from loopfm_jax.history.encoders import EncoderConfig
 from loopfm_jax.history.reader import Past, Readers, Reading
 from loopfm_jax.loop import TrainConfig
-from loopfm_jax.tables import Embedded, Features
+from loopfm_jax.tables import Embedded, blank
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,14 @@ class Teacher(nnx.Module):
         """The backbone's own business: asked for by its shapes alone."""
         graphdef, state = nnx.split(self.backbone)
 
-        def read(state: nnx.State, ids_BC: jax.Array, floats_BN: jax.Array) -> dict[str, Any]:
+        def read(state: nnx.State, batch: Mapping[str, Any]) -> dict[str, Any]:
             backbone = nnx.merge(graphdef, state)
-            embedded = backbone.embed(Features(ids_BC, floats_BN))
+            embedded = backbone.embed(batch)
             extra_BKE = jnp.zeros((1, self.extra_fields, width)) if self.extra_fields else None
             return self._read_taps(embedded, backbone(embedded, extra_BKE=extra_BKE).taps)
 
-        ids_BC = jax.ShapeDtypeStruct((1, sum(f.length for f in schema.fields)), jnp.int32)
-        floats_BN = jax.ShapeDtypeStruct((1, len(schema.numeric)), jnp.float32)
-        return {t: x.shape[1] for t, x in jax.eval_shape(read, state, ids_BC, floats_BN).items()}
+        found = jax.eval_shape(read, state, blank(schema))
+        return {tap: activation.shape[1] for tap, activation in found.items()}
 
     def _read_taps(self, embedded: Embedded, taps: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Tap -> activation [B,D] float32, of the configured taps."""
@@ -113,11 +112,11 @@ class Teacher(nnx.Module):
         self, batch: Mapping[str, Any], past: Past | None = None, *, key: jax.Array | None = None
     ) -> Taught:
         """Args:
-        batch: `ids_BC`, `floats_BN` and, for an FM that reads histories, those.
+        batch: of `Inputs` and, for an FM that reads histories, those.
         past: these histories.
         key: randomness of dropout; None means inference.
         """
-        embedded = self.backbone.embed(Features(batch["ids_BC"], batch["floats_BN"]))
+        embedded = self.backbone.embed(batch)
         extra_BKE = None
         if self.readers is not None:
             assert past is not None

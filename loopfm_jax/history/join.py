@@ -9,10 +9,10 @@ from jax.sharding import Mesh
 
 from loopfm_jax import sharding
 from loopfm_jax.history.encoders import TIMED
-from loopfm_jax.history.packing import budget
 from loopfm_jax.history.reader import Entries, Past, Reading
 from loopfm_jax.history.store import Histories, Store
 from loopfm_jax.inputs import Inputs
+from loopfm_jax.packing import budget
 
 
 @dataclass(frozen=True)

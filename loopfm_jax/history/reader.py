@@ -20,8 +20,8 @@ from loopfm_jax.data.schema import Schema
 from loopfm_jax.errors import UserError
 from loopfm_jax.history.codes import Codec, dequantise, look_up
 from loopfm_jax.history.encoders import ENCODERS, Attentive, EncoderConfig
-from loopfm_jax.history.packing import Tokens, pack
 from loopfm_jax.history.store import Side
+from loopfm_jax.packing import Tokens, pack
 from loopfm_jax.tables import Embedded, TableConfig
 
 Content = Literal["loopfm", "item-only", "soft", "raw"]
@@ -181,7 +181,7 @@ class Readers(nnx.Module):
             if not isinstance(encoder, Attentive):
                 found.append(None)
                 continue
-            weights = [w_T for w_T, _ in encoder.interests(value_TX, query_BQ, tokens)]
+            weights = [w_T for w_T, _ in encoder.weigh(value_TX, query_BQ, tokens)]
             found.append(tokens.pad(jnp.mean(jnp.stack(weights), axis=0)))
         return found
 

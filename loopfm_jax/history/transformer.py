@@ -1,45 +1,56 @@
-"""Attention over tokens: a candidate's over its history, an entry's over the older ones."""
+"""A small transformer over entries: causal self-attention whose positions are time gaps.
 
-import math
+Kunlun (arXiv 2602.10016, PAPER section 6) has rotary positions on log(1 + dt).
+"""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from loopfm_jax.history.packing import Tokens
+from loopfm_jax.backbones.attention import self_attend
+from loopfm_jax.backbones.layers import dense
+from loopfm_jax.packing import Tokens
 
 FASTEST, SLOWEST = 4.0, 1 / 16
 """Rotary frequencies, radians per e-fold of age: the fastest turns by 2.8 rad when an age doubles,
 the slowest by 1 rad from a second to a year."""
 
 
-def linear(inputs: int, outputs: int, *, rngs: nnx.Rngs, bias: bool = True) -> nnx.Linear:
-    kernel = nnx.initializers.xavier_normal()
-    return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=kernel, rngs=rngs)
+class Block(nnx.Module):
+    """Pre-norm transformer block: x + attention(norm x), then x + feed-forward(norm x)."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+        self.heads = heads
+        self.norm_attend = nnx.LayerNorm(width, rngs=rngs)
+        self.attend = dense(width, 3 * width, rngs=rngs, bias=False)
+        self.mix = dense(width, width, rngs=rngs, bias=False)
+        self.norm_grow = nnx.LayerNorm(width, rngs=rngs)
+        self.grow = dense(width, 2 * width, rngs=rngs)
+        self.shrink = dense(2 * width, width, rngs=rngs)
+
+    def __call__(self, x_TW: jax.Array, angle_TD: jax.Array, tokens: Tokens) -> jax.Array:
+        qkv_THD = self.attend(self.norm_attend(x_TW)).reshape(len(x_TW), 3 * self.heads, -1)
+        qk_THD, v_THD = jnp.split(qkv_THD, [2 * self.heads], axis=1)
+        qkv_THD = jnp.concatenate([rotate(qk_THD, angle_TD), v_THD], axis=1)
+        seen_THD = self_attend(qkv_THD.reshape(len(x_TW), -1), tokens, heads=self.heads)
+        x_TW = x_TW + self.mix(seen_THD.reshape(x_TW.shape))
+        return x_TW + self.shrink(nnx.relu(self.grow(self.norm_grow(x_TW))))
 
 
-class Score(nnx.Module):
-    """DIN's score MLP([t, h, t-h, t*h]) per token, its first layer split by blocks.
+class Transformer(nnx.Module):
+    """Entries and their ages -> the entries as they see what is older, [T,W]."""
 
-    `[t, h, t-h, t*h] W = t (Wa + Wc) + h (Wb - Wc) + (t*h) Wd`: the target's part is computed once
-    per example instead of once per token.
-    """
+    def __init__(self, width: int, *, heads: int, layers: int, rngs: nnx.Rngs):
+        self.pairs = width // heads // 2
+        self.blocks = nnx.List(Block(width, heads, rngs=rngs) for _ in range(layers))
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
 
-    def __init__(self, width: int, hidden: tuple[int, ...], *, rngs: nnx.Rngs):
-        self.target = linear(width, hidden[0], rngs=rngs)
-        self.token = linear(width, hidden[0], rngs=rngs, bias=False)
-        self.product = linear(width, hidden[0], rngs=rngs, bias=False)
-        sizes = (*hidden, 1)
-        self.rest = nnx.List(
-            [linear(a, b, rngs=rngs) for a, b in zip(sizes, sizes[1:], strict=False)]
-        )
-
-    def __call__(self, target_BW: jax.Array, token_TW: jax.Array, tokens: Tokens) -> jax.Array:
-        product_TW = tokens.spread(target_BW) * token_TW
-        x = tokens.spread(self.target(target_BW)) + self.token(token_TW) + self.product(product_TW)
-        for layer in self.rest:
-            x = layer(nnx.relu(x))
-        return x[:, 0]
+    def __call__(self, x_TW: jax.Array, tokens: Tokens) -> jax.Array:
+        assert tokens.age_T is not None
+        angle_TD = time_angles(tokens.age_T, pairs=self.pairs)
+        for block in self.blocks:
+            x_TW = block(x_TW, angle_TD, tokens)
+        return self.norm(x_TW)
 
 
 def time_angles(age_T: jax.Array, *, pairs: int) -> jax.Array:
@@ -57,31 +68,3 @@ def rotate(x_THD: jax.Array, angle_TD: jax.Array) -> jax.Array:
     cos, sin = jnp.cos(angle_TD)[:, None], jnp.sin(angle_TD)[:, None]
     a, b = jnp.split(x_THD, 2, axis=2)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=2)
-
-
-def self_attend(qkv_THD: jax.Array, tokens: Tokens) -> jax.Array:
-    """Causal self-attention: an entry sees itself and older ones of its example.
-
-    Queries, keys and values one after the other, [T,3H,D] -> [T,H,D]. An example's entries stand
-    side by side, newest first, at most L of them: a block of L slots sees itself and the next one.
-    So the scores are T * 2L and need no padding, whose [B,H,L,L] is mostly empty.
-    """
-    length, (slots, thrice, size) = tokens.length, qkv_THD.shape
-    owner_T = jnp.where(tokens.real_T, tokens.segment_T + 1, 0)
-
-    def blocks(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, -slots % length)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(-1, length, *x.shape[1:])
-
-    def seen(x: jax.Array) -> jax.Array:
-        return jnp.concatenate([x, jnp.concatenate([x[1:], jnp.zeros_like(x[:1])])], axis=-2)
-
-    q, k, v = jnp.split(jnp.moveaxis(blocks(qkv_THD), 2, 1), 3, axis=1)  # heads first: batched dots
-    owner_CL = blocks(owner_T)
-    owner_CS = seen(owner_CL[..., None])[..., 0]
-    older_LS = jnp.arange(2 * length)[None] >= jnp.arange(length)[:, None]
-    mask_CLS = older_LS[None] & (owner_CL[:, :, None] == owner_CS[:, None])
-    score_CHLS = jnp.einsum("CHLD,CHSD->CHLS", q, seen(k)) / math.sqrt(size)
-    score_CHLS = jnp.where(mask_CLS[:, None], score_CHLS, -jnp.inf)
-    mixed_CHLD = jnp.einsum("CHLS,CHSD->CHLD", jax.nn.softmax(score_CHLS), seen(v))
-    return jnp.moveaxis(mixed_CHLD, 1, 2).reshape(-1, thrice // 3, size)[:slots]

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from loopfm_jax import infer
 from loopfm_jax.flow import Flow
 from loopfm_jax.fm.train import sample
-from loopfm_jax.history.encoders import ENCODERS, Attentive
+from loopfm_jax.history.encoders import POOLING
 from loopfm_jax.history.reader import Past, raw_fields
 from loopfm_jax.history.store import Store
 from loopfm_jax.sharding import make_mesh
@@ -55,7 +55,7 @@ def analyse_attention(flow: Flow) -> dict[str, Any]:
     error `se` over histories.
     """
     config = flow.config
-    if not issubclass(ENCODERS[config.vm.encoder.name], Attentive):
+    if config.vm.encoder.name in POOLING:
         return {"missing": f"the encoder {config.vm.encoder.name} has no attention"}
     for method in config.methods:
         if "loopfm" not in find_method(method).contents:

@@ -17,14 +17,14 @@ import optax
 from flax import nnx, struct
 
 from loopfm_jax.backbones import BackboneConfig, build
+from loopfm_jax.backbones.layers import dense
 from loopfm_jax.data.batches import OrderConfig
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.errors import check_limits
 from loopfm_jax.history.codes import dequantise
-from loopfm_jax.history.encoders import EncoderConfig, linear
+from loopfm_jax.history.encoders import EncoderConfig
 from loopfm_jax.history.reader import Past, Readers, Reading
 from loopfm_jax.loop import TrainConfig
-from loopfm_jax.tables import Features
 from loopfm_jax.vm.methods import Method
 
 ADAPTER_HIDDEN = 16
@@ -77,8 +77,8 @@ class Adapter(nnx.Module):
     """ExFM's student adapter: y_F -> corrected logit; which MLP is open, here of logit(y_F)."""
 
     def __init__(self, *, rngs: nnx.Rngs):
-        self.up = linear(1, ADAPTER_HIDDEN, rngs=rngs)
-        self.down = linear(ADAPTER_HIDDEN, 1, rngs=rngs)
+        self.up = dense(1, ADAPTER_HIDDEN, rngs=rngs)
+        self.down = dense(ADAPTER_HIDDEN, 1, rngs=rngs)
 
     def __call__(self, soft_B: jax.Array) -> jax.Array:
         p_B = jnp.clip(soft_B, 1e-6, 1 - 1e-6)
@@ -119,11 +119,11 @@ class Student(nnx.Module):
             for feature in self.features
         )
         trunk, heads = self.backbone.trunk_width, method.heads
-        self.kd = linear(trunk, 1, rngs=rngs) if "kd" in heads else None
-        self.adapted = linear(trunk, 1, rngs=rngs) if "adapter" in heads else None
+        self.kd = dense(trunk, 1, rngs=rngs) if "kd" in heads else None
+        self.adapted = dense(trunk, 1, rngs=rngs) if "adapter" in heads else None
         self.adapter = Adapter(rngs=rngs) if "adapter" in heads else None
         self.mimic = (
-            linear(trunk, codecs[self.taps["fitnets"]].width, rngs=rngs)
+            dense(trunk, codecs[self.taps["fitnets"]].width, rngs=rngs)
             if "fitnets" in heads
             else None
         )
@@ -140,7 +140,7 @@ class Student(nnx.Module):
         past: what the FM left behind.
         key: randomness of dropout; None means inference.
         """
-        embedded = self.backbone.embed(Features(batch["ids_BC"], batch["floats_BN"]))
+        embedded = self.backbone.embed(batch)
         extra = []
         if self.readers is not None:
             extra.append(self.readers(batch, embedded, past, self.backbone.embedder.table))
@@ -162,7 +162,7 @@ class Student(nnx.Module):
     def attention(self, batch: Mapping[str, Any], past: Past) -> list[jax.Array | None]:
         """What the candidates attend to: of every part of the reading, `Readers.attention`."""
         assert self.readers is not None
-        embedded = self.backbone.embed(Features(batch["ids_BC"], batch["floats_BN"]))
+        embedded = self.backbone.embed(batch)
         return self.readers.attention(batch, embedded, past, self.backbone.embedder.table)
 
     def _code_now(self, batch: Mapping[str, Any], past: Past, channel: str) -> jax.Array:
