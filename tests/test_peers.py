@@ -13,10 +13,10 @@ import optax
 import pytest
 from flax import nnx
 from noise import noisy, parts
-from public_schemas import PUBLIC
 
 from loopfm_jax.backbones import BACKBONES, BackboneConfig, build
 from loopfm_jax.backbones.config import SEQUENCE_BACKBONES
+from loopfm_jax.bench.public import PUBLIC
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.tables import Features, TableConfig
 
