@@ -21,7 +21,7 @@ import tyro
 
 from loopfm_jax import __version__, report, results, stages
 from loopfm_jax.auto import resolve
-from loopfm_jax.bench import make as benchmark
+from loopfm_jax.bench.make import bench
 from loopfm_jax.config import Config, as_json, load
 from loopfm_jax.data.batches import GlobalBatches, OrderConfig, iterate
 from loopfm_jax.errors import UserError
@@ -144,15 +144,8 @@ COMMANDS: dict[str, Callable[[Flow], dict[str, Any]]] = {
     "study": study,
     "analyse": analyse,
 }
-
-
-def bench(options: Sequence[str]) -> dict[str, Any]:
-    """rates beside a peer and the machine's limits: --peer fuxictr"""
-    return benchmark.make(benchmark.parse(options), command=_command())
-
-
 ALONE: dict[str, Callable[[Sequence[str]], dict[str, Any]]] = {"bench": bench}
-"""Commands without a configuration."""
+"""Commands without a configuration: options -> result."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

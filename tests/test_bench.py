@@ -149,4 +149,5 @@ def test_a_worker_that_dies_says_its_last_words():
     with ours() as child, pytest.raises(Failed, match="KeyError"):
         child.setup({"job": "none such"})
     with pytest.raises(Failed, match="ended with status 1: .*No module named"):
-        Child("loopfm_jax.bench.no_such_worker", python=Path(sys.executable), env={})
+        with Child("loopfm_jax.bench.no_worker", python=Path(sys.executable), env={}) as child:
+            child.versions()

@@ -73,13 +73,16 @@ def run_case(case: Case, bench: Bench) -> list[dict[str, Any]]:
 def _start(case: Case, facts: Facts, bench: Bench, stack: ExitStack) -> list[Timed]:
     """All sides built and warm; the first of ours leaves the weights that peers start from."""
     weights, timed = bench.folder / "weights.npz", []
-    for side in (*case.ours, *case.peers):
-        if side.worker != "ours" and bench.peer is None:
-            continue
+    sides = [s for s in (*case.ours, *case.peers) if s.worker == "ours" or bench.peer]
+    children = [stack.enter_context(_open(side, bench)) for side in sides]  # imports overlap
+    for side, child in zip(sides, children, strict=True):
         spec = {**case.spec, **facts, "platform": bench.limits["platform"], **side.spec}
-        spec["weights" if side in case.peers else "weights_to"] = str(weights)
+        if side is case.ours[0]:
+            spec["weights_to"] = str(weights)
+        elif side in case.peers:
+            spec["weights"] = str(weights)
         try:
-            timed.append(_warm(case, side, spec, bench, stack))
+            timed.append(_warm(case, side, spec, child))
         except Failed as error:
             if side in case.ours:
                 raise
@@ -88,13 +91,15 @@ def _start(case: Case, facts: Facts, bench: Bench, stack: ExitStack) -> list[Tim
     return timed
 
 
-def _warm(case: Case, side: Side, spec: dict, bench: Bench, stack: ExitStack) -> Timed:
+def _open(side: Side, bench: Bench) -> Child:
     if side.worker == "ours":
-        child = ours(side.env)
-    else:
-        assert bench.peer is not None
-        child = Child("benchmarks.peers.worker", python=bench.peer, env=side.env)
-    stack.enter_context(child)
+        return ours(side.env)
+    assert bench.peer is not None
+    return Child("benchmarks.peers.worker", python=bench.peer, env=side.env)
+
+
+def _warm(case: Case, side: Side, spec: dict[str, Any], child: Child) -> Timed:
+    """Built, compiled, its first losses known."""
     timed = Timed(side, child, child.setup(spec))
     first, _ = child.run(seconds=0, steps=case.check.steps if case.check else 1)
     timed.losses = first.losses

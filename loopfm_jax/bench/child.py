@@ -37,7 +37,7 @@ def versions(names: Sequence[str]) -> dict[str, str]:
 
 
 class Child:
-    """A running worker. Use as a context; leaving ends the process.
+    """A worker that is starting. Use as a context; leaving ends the process.
 
     Args:
       module: what python runs with -m.
@@ -57,11 +57,7 @@ class Child:
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": paths, **env},
         )
-        try:
-            self.versions: dict[str, str] = self._answer()["versions"]
-        except Failed:
-            self.close()
-            raise
+        self._versions: dict[str, str] = {}
 
     def __enter__(self) -> "Child":
         return self
@@ -71,8 +67,15 @@ class Child:
     ) -> None:
         self.close()
 
+    def versions(self) -> dict[str, str]:
+        """Waits until the worker is up, which takes seconds of imports."""
+        if not self._versions:
+            self._versions = self._answer()["versions"]
+        return self._versions
+
     def setup(self, spec: Spec) -> dict[str, Any]:
         """Builds what `spec` says; returns facts."""
+        self.versions()
         return self._ask({"do": "setup", "spec": dict(spec)})["facts"]
 
     def run(self, *, seconds: float, steps: int = 1) -> tuple[Measured, int | None]:

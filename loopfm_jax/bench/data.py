@@ -1,8 +1,9 @@
 """Generated examples that both sides of a row read: fields, ragged histories, labels, in one npz.
 
 Ids are log-uniform (Zipf of exponent 1, frequent ids low, as vocabularies sorted by count have
-them), lengths uniform up to a point and cut there. Labels depend on the ids, so that a loss that
-agrees over some steps says that the gradients do.
+them), lengths uniform up to a point and cut there; every example has an event, as public DMIN and
+ours differ on purpose where there is none (`benchmarks.peers.attention`). Labels depend on the ids,
+so that a loss that agrees over some steps says that the gradients do.
 """
 
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ def write_log(path: Path, schema: Schema, *, rows: int, fill: float, seed: int =
     for f in schema.sequences:
         group = next(i for i, b in enumerate(schema.behaviours) if f.name in b.history)
         if group not in lengths:
-            lengths[group] = draw_lengths(rng, rows, longest=f.length, fill=fill)
+            drawn = draw_lengths(rng, rows, longest=f.length, fill=fill)
+            lengths[group] = np.maximum(drawn, 1)
         values = _ids(rng, f, int(lengths[group].sum())) + schema.offsets[f.name]
         arrays[f"values/{f.name}"] = values.astype(np.int32)
         arrays[f"lengths/{f.name}"] = lengths[group]

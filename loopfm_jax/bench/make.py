@@ -39,10 +39,12 @@ INSTALL = (
 )
 
 
-def parse(options: Sequence[str]) -> BenchConfig:
-    return tyro.cli(
+def bench(options: Sequence[str]) -> dict[str, Any]:
+    """rates beside a peer and the machine's limits: --peer fuxictr"""
+    config = tyro.cli(
         BenchConfig, args=options, prog="loopfm bench", config=(tyro.conf.AvoidSubcommands,)
     )
+    return make(config, command=" ".join(["loopfm bench", *options]))
 
 
 def make(config: BenchConfig, *, command: str) -> dict[str, Any]:
@@ -118,7 +120,7 @@ def _find_peer(config: BenchConfig) -> tuple[Path | None, dict[str, str]]:
         return None, {}
     try:
         with Child("benchmarks.peers.worker", python=python, env={}) as child:
-            return python, child.versions
+            return python, child.versions()
     except Failed as error:
         say(f"no peer, rows run without ratio: {error}. To have it: {INSTALL}")
         return None, {}
