@@ -8,6 +8,7 @@ which FuxiCTR does not ship. Behaves publicly (`ours=False`) where `attention` s
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,7 +90,7 @@ class Train:
         self._optimiser = torch.optim.Adam(self._trained, lr=rate, eps=1e-8)
         self._losses: list[float] = []
         self._done = 0
-        self._chosen = False
+        self._chosen = self._fused = False
 
     def run(self, *, seconds: float, steps: int) -> Measured:
         of = self._of
@@ -98,7 +99,7 @@ class Train:
         )
         if not self._chosen:  # behind the first run, which warms up and is compared by its losses
             self._choose()
-        return found
+        return replace(found, more={"fused_adam": float(self._fused)})
 
     def _one(self) -> None:
         features, label_B = self._of.ready[self._done % len(self._of.ready)]
@@ -139,10 +140,9 @@ class Train:
             self._optimiser.step()
             self._of.wait()
             took[fused] = min(took.get(fused, np.inf), time.perf_counter() - started)
-        self._chosen, best = True, took[True] < took[False]
+        self._chosen, self._fused = True, took[True] < took[False]
         for group in self._optimiser.param_groups:
-            group["fused"] = best
-        self.facts["fused_adam"] = best
+            group["fused"] = self._fused
 
 
 class Infer:
@@ -180,7 +180,7 @@ class Latency:
     def run(self, *, seconds: float, steps: int) -> Measured:
         self._losses.clear()
         found = timed_each(self._one, seconds=seconds, steps=steps, examples=self._of.batch)
-        return Measured(**{**vars(found), "losses": tuple(self._losses)})
+        return replace(found, losses=tuple(self._losses))
 
     def _one(self) -> None:
         features, label_B = self._of.ready[self._done % REQUESTS]

@@ -156,7 +156,7 @@ def _beside(case: Case, one: Timed, other: Timed | None, rounds: list[Round]) ->
         "peer_peak_rss_bytes": other.peak,
         "rss_ratio": other.peak / one.peak if other.peak and one.peak else None,
         "peer_cpu_seconds_per_example": _cpu(rounds, peer),
-        "peer_facts": other.facts,
+        "peer_facts": {**other.facts, **rounds[-1].measured[peer].more},
         "loss_difference": apart,
         "valid": case.check is None
         or (apart is not None and apart <= slack * case.check.tolerance),

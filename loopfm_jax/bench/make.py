@@ -28,7 +28,7 @@ from loopfm_jax.report import finite, replace_file
 LIMITS = {
     "job": "limits",
     "gemm": [1024, 1536, 2048],
-    "stream": 2**26,
+    "stream": 2**25,
     "rows": 1_300_000,
     "ids": 2_000_000,
     "repeats": 7,

@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -88,7 +88,7 @@ def timed_each(step: Callable[[], None], *, seconds: float, steps: int, examples
 
     all_of_them = timed(one, lambda: None, seconds=seconds, steps=steps, examples=examples)
     p50_ms = 1e3 * statistics.median(took)
-    return Measured(**{**vars(all_of_them), "value": p50_ms})
+    return replace(all_of_them, value=p50_ms)
 
 
 def serve(jobs: Mapping[str, Callable[[Spec], Job]], *, versions: Mapping[str, str]) -> None:

@@ -80,6 +80,8 @@ class Case:
     """Of a slice; default: the command's."""
 
 
+REMAT = False
+"""Whether the backbones' attention is computed again in the backward pass."""
 EXACT = Side("loopfm")
 FUXICTR = Side("fuxictr", worker="fuxictr", env=TUNED)
 SHIPPED = Side("fuxictr-shipped", worker="fuxictr")
@@ -125,7 +127,8 @@ def fm_train(
     steps = Check().steps if same_steps else 1
 
     def count(facts: Facts) -> float:
-        return flops.train(prepare.schema, backbone, tokens=facts["tokens"], pairs=facts["pairs"])
+        tokens, pairs = facts["tokens"], facts["pairs"]
+        return flops.train(prepare.schema, backbone, tokens=tokens, pairs=pairs, remat=REMAT)
 
     return Case(
         name=f"fm-train/{name}",
