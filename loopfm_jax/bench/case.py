@@ -44,7 +44,6 @@ class Timed:
     child: Child
     facts: dict[str, Any]
     losses: Sequence[float] = ()
-    peak: int | None = None
 
 
 def run_case(case: Case, bench: Bench) -> list[dict[str, Any]]:
@@ -59,8 +58,6 @@ def run_case(case: Case, bench: Bench) -> list[dict[str, Any]]:
         sides = {_key(t.side): t.child for t in timed}
         seconds = bench.seconds if case.seconds is None else case.seconds
         rounds = take_rounds(sides, rounds=bench.rounds, seconds=seconds)
-        for one in timed:
-            _, one.peak = one.child.run(seconds=0)
     mine = [t for t in timed if t.side in case.ours]
     others = [t for t in timed if t.side in case.peers]
     found = []
@@ -101,8 +98,7 @@ def _open(side: Side, bench: Bench) -> Child:
 def _warm(case: Case, side: Side, spec: dict[str, Any], child: Child) -> Timed:
     """Built, compiled, its first losses known."""
     timed = Timed(side, child, child.setup(spec))
-    first, _ = child.run(seconds=0, steps=case.check.steps if case.check else 1)
-    timed.losses = first.losses
+    timed.losses = child.run(seconds=0, steps=case.check.steps if case.check else 1).losses
     child.run(seconds=0)
     return timed
 
@@ -127,7 +123,7 @@ def _result(
         **_beside(case, one, other, rounds),
         "roofline_share": flops * value.median / bench.limits["flops"] if flops else None,
         "flops_per_example": flops,
-        "peak_rss_bytes": one.peak,
+        "peak_rss_bytes": one.child.peak_rss_bytes,
         "cpu_seconds_per_example": _cpu(rounds, key),
         "batch": one.facts.get("batch"),
         "params": one.facts.get("params"),
@@ -146,6 +142,7 @@ def _beside(case: Case, one: Timed, other: Timed | None, rounds: list[Round]) ->
     key, peer = _key(one.side), _key(other.side)
     found = ratios(rounds, key, peer, more_is_better=case.more_is_better)
     ratio, apart = spread(found), difference(case, one, other)
+    peak, theirs = one.child.peak_rss_bytes, other.child.peak_rss_bytes
     slack = BFLOAT16_TIMES if other.side.dtype == "bfloat16" else 1
     return {
         "peer": other.side.name,
@@ -153,8 +150,8 @@ def _beside(case: Case, one: Timed, other: Timed | None, rounds: list[Round]) ->
         "peer_dtype": other.side.dtype,
         "ratio": ratio.median,
         "ratio_quartiles": [ratio.low, ratio.high],
-        "peer_peak_rss_bytes": other.peak,
-        "rss_ratio": other.peak / one.peak if other.peak and one.peak else None,
+        "peer_peak_rss_bytes": theirs,
+        "rss_ratio": theirs / peak if theirs and peak else None,
         "peer_cpu_seconds_per_example": _cpu(rounds, peer),
         "peer_facts": {**other.facts, **rounds[-1].measured[peer].more},
         "loss_difference": apart,

@@ -58,6 +58,7 @@ class Child:
             env={**os.environ, "PYTHONPATH": paths, **env},
         )
         self._versions: dict[str, str] = {}
+        self.peak_rss_bytes: int | None = None
 
     def __enter__(self) -> "Child":
         return self
@@ -78,11 +79,11 @@ class Child:
         self.versions()
         return self._ask({"do": "setup", "spec": dict(spec)})["facts"]
 
-    def run(self, *, seconds: float, steps: int = 1) -> tuple[Measured, int | None]:
-        """A slice of time, and the peak memory so far in bytes."""
+    def run(self, *, seconds: float, steps: int = 1) -> Measured:
+        """A slice of time; leaves the worker's peak memory so far in `peak_rss_bytes`."""
         found = self._ask({"do": "run", "seconds": seconds, "steps": steps})
-        peak = found.pop("peak_rss_bytes")
-        return Measured(**found), peak
+        self.peak_rss_bytes = found.pop("peak_rss_bytes")
+        return Measured(**found)
 
     def cpu_seconds(self) -> float:
         """CPU time of the process so far; 0 where there is no /proc."""

@@ -63,7 +63,7 @@ def take_round(sides: Mapping[str, Child], *, seconds: float) -> Round:
     for name, child in sides.items():
         time.sleep(PAUSE_S)
         watch = Watch(list(sides.values()))
-        measured[name], _ = child.run(seconds=seconds)
+        measured[name] = child.run(seconds=seconds)
         others = max(others, watch.others())
     return Round(measured, others)
 
