@@ -21,6 +21,7 @@ import tyro
 
 from loopfm_jax import __version__, report, results, stages
 from loopfm_jax.auto import resolve
+from loopfm_jax.bench.make import bench
 from loopfm_jax.config import Config, as_json, load
 from loopfm_jax.data.batches import GlobalBatches, OrderConfig, iterate
 from loopfm_jax.errors import UserError
@@ -143,6 +144,8 @@ COMMANDS: dict[str, Callable[[Flow], dict[str, Any]]] = {
     "study": study,
     "analyse": analyse,
 }
+ALONE: dict[str, Callable[[Sequence[str]], dict[str, Any]]] = {"bench": bench}
+"""Commands without a configuration: options -> result."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -164,10 +167,13 @@ def _dispatch(argv: list[str]) -> dict[str, Any]:
         print(f"loopfm {__version__}")
         sys.exit(0)
     command, *rest = argv
-    if command not in COMMANDS:
-        close = difflib.get_close_matches(command, COMMANDS, n=1)
+    known = [*COMMANDS, *ALONE]
+    if command not in known:
+        close = difflib.get_close_matches(command, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"no command {command!r}: commands are {', '.join(COMMANDS)}{hint}")
+        raise UserError(f"no command {command!r}: commands are {', '.join(known)}{hint}")
+    if command in ALONE:
+        return ALONE[command](rest)
     if not rest or rest[0].startswith("-"):
         raise UserError(f"which configuration? loopfm {command} configs/synthetic.py [options]")
     config = parse(Path(rest[0]), rest[1:], command=command)
@@ -226,6 +232,8 @@ def _usage() -> str:
             "loopfm <command> <configuration.py> [options]",
             "",
             *lines,
+            "",
+            *(f"loopfm {name} [options]: {function.__doc__}" for name, function in ALONE.items()),
             "",
             "options of a configuration: loopfm <command> <configuration.py> --help",
         ]

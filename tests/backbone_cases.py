@@ -11,9 +11,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from noise import noisy, parts
 from packed import pack_batch
-from public_schemas import history
 
 from loopfm_jax.backbones import BackboneConfig, build
+from loopfm_jax.bench.public import history
 from loopfm_jax.data.schema import Behaviour, Field, Numeric, Schema
 from loopfm_jax.tables import TableConfig
 

@@ -15,10 +15,10 @@ import pytest
 from flax import nnx
 from noise import noisy, parts
 from packed import pack_batch
-from public_schemas import PUBLIC
 
 from loopfm_jax.backbones import BACKBONES, BackboneConfig, build
 from loopfm_jax.backbones.config import SEQUENCE_BACKBONES
+from loopfm_jax.bench.public import PUBLIC
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.tables import TableConfig
 

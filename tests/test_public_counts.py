@@ -5,9 +5,9 @@ from math import prod
 import jax
 import pytest
 from flax import nnx
-from public_schemas import PUBLIC
 
 from loopfm_jax.backbones import BACKBONES, build
+from loopfm_jax.bench.public import PUBLIC
 
 EVERY = [(data, name) for data in PUBLIC for name in BACKBONES]
 

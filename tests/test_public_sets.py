@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 from bars_files import amazon_rows, kuai_rows, taobao_rows, write_bars
-from public_schemas import PUBLIC
 from taobao_files import write_release
 
+from loopfm_jax.bench.public import PUBLIC
 from loopfm_jax.config import load as load_config
 from loopfm_jax.data.bars_sets import AmazonElectronicsX1, KuaiVideoX1, TaobaoAdX1
 from loopfm_jax.data.log import load

@@ -7,11 +7,16 @@
   - DMR's match reads the view of the last real event; publicly that of the last column.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from fuxictr.pytorch.layers import DIN_Attention, MLP_Block, ScaledDotProductAttention
 from torch import Tensor, nn
 
-from loopfm_jax.backbones import BackboneConfig
+if TYPE_CHECKING:  # a timed peer runs without JAX
+    from loopfm_jax.backbones import BackboneConfig
 
 LOWEST = -1.0e9
 

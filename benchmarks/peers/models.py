@@ -1,6 +1,8 @@
 """The eight backbones as PyTorch modules: inputs by feature name -> logits [B]."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from fuxictr.pytorch.layers import (
@@ -15,8 +17,10 @@ from torch import Tensor, nn
 
 from benchmarks.peers import attention
 from benchmarks.peers.features import Inputs, feature_map
-from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.data.schema import Behaviour, Schema
+
+if TYPE_CHECKING:  # a timed peer runs without JAX
+    from loopfm_jax.backbones import BackboneConfig
 
 INTERESTS = {
     "din": attention.DIN,

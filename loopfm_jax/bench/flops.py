@@ -1,0 +1,93 @@
+"""How many floating-point operations an example needs: products only (2 m n k), real events only.
+
+The least that computes the published functions: the first layer of a score MLP is split (see
+`backbones.attention`), what does not depend on the event is multiplied once per example, nothing is
+spent on padding. Activations, softmax, lookups and the optimiser are left out; so a share of the
+peak reckoned from this is a lower bound.
+"""
+
+from collections.abc import Sequence
+
+from loopfm_jax.backbones import BackboneConfig
+from loopfm_jax.data.schema import Behaviour, Schema
+
+
+def forward(schema: Schema, config: BackboneConfig, *, tokens: float, pairs: float) -> float:
+    """FLOPs of one example.
+
+    Args:
+      tokens: mean events of a behaviour.
+      pairs: mean causal pairs of events of a behaviour, each with itself included.
+    """
+    if config.name not in ("deepfm", *INTERESTS):
+        raise ValueError(f"no count for {config.name}")
+    read = schema if config.reads_behaviours else schema.without_behaviours()
+    width = config.tables.width
+    flat = width * (len(read.categorical) + len(read.numeric))
+    total = 0.0
+    if config.name == "deepfm":
+        flat += width * len(read.sequences)
+    else:
+        past = {name for b in read.behaviours for name in b.history}
+        flat += width * sum(f.name not in past for f in read.sequences)
+        for pair in read.behaviours:
+            wide = width * len(pair.target)
+            total += INTERESTS[config.name](config, wide, tokens, pairs)
+            flat += interest_width(config, pair)
+    return total + chain(flat, *config.hidden, 1)
+
+
+def train(
+    schema: Schema, config: BackboneConfig, *, tokens: float, pairs: float, remat: bool = False
+) -> float:
+    """FLOPs of one example's training step: the backward pass costs two forwards.
+
+    remat: attention is computed once more there.
+    """
+    whole = forward(schema, config, tokens=tokens, pairs=pairs)
+    again = 0.0
+    if remat and config.name in INTERESTS:
+        again = whole - forward(schema, config, tokens=0, pairs=0)
+    return 3 * whole + again
+
+
+def chain(*widths: float) -> float:
+    """Dense layers of these widths on one row."""
+    return sum(2.0 * a * b for a, b in zip(widths[:-1], widths[1:], strict=True))
+
+
+def interest_width(config: BackboneConfig, pair: Behaviour) -> int:
+    heads = config.heads if config.name == "dmin" else 1
+    return heads * config.tables.width * len(pair.target)
+
+
+def scores(hidden: Sequence[int], wide: int, tokens: float) -> float:
+    """A score MLP over the events: [H, t*H] per event, t once."""
+    return chain(wide, hidden[0]) + tokens * (chain(2 * wide, hidden[0]) + chain(*hidden, 1))
+
+
+def din(config: BackboneConfig, wide: int, tokens: float, pairs: float) -> float:
+    return scores(config.attention_hidden, wide, tokens) + tokens * 2 * wide
+
+
+def dien(config: BackboneConfig, wide: int, tokens: float, pairs: float) -> float:
+    """Two GRUs, each with two products M -> 3M a step."""
+    cells = 2 * tokens * 2 * chain(wide, 3 * wide)
+    return cells + scores(config.attention_hidden, wide, tokens)
+
+
+def dmin(config: BackboneConfig, wide: int, tokens: float, pairs: float) -> float:
+    """Self-attention over causal pairs; per head out, feed-forward, query, scores, sum."""
+    attend = tokens * chain(wide, 3 * wide) + pairs * 4 * wide
+    own = tokens * (chain(wide // config.heads, wide) + chain(wide, 2 * wide, wide))
+    own += scores(config.attention_hidden, wide, tokens) + tokens * 2 * wide
+    if config.position_width:
+        own += chain(wide, wide)
+    refiner = 0.0
+    if config.refiner:
+        refiner = tokens * (chain(wide, 3 * wide) + chain(wide, wide) + chain(wide, 2 * wide, wide))
+        refiner += pairs * 4 * wide
+    return refiner + attend + config.heads * own
+
+
+INTERESTS = {"din": din, "dien": dien, "dmin": dmin}

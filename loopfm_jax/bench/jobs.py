@@ -1,0 +1,164 @@
+"""Our side of the rows about models: training steps, inference in batches, one request at a time.
+
+Training and inference assemble every host batch inside the timed loop, as `loop.train` and
+`infer.run` do; a peer gets its batches ready-made, its best.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from loopfm_jax import loop, memory
+from loopfm_jax.bench.model import FOREVER, Subject, make_subject, save_weights
+from loopfm_jax.bench.protocol import Measured, Spec, timed, timed_each
+from loopfm_jax.data.batches import Batch, GlobalBatches, iterate
+from loopfm_jax.optim import make_optimiser
+
+REQUESTS = 16
+"""Different requests that a latency row asks in turn."""
+
+
+def _start(spec: Spec) -> tuple[Subject, Any, loop.State, Any, Any]:
+    """(subject, graph, state, shardings, optimiser), with the weights where the spec wants them."""
+    memory.keep_freed()
+    subject = make_subject(spec)
+    optimiser = make_optimiser(subject.config.train.optim, steps=FOREVER)
+    graphdef, state, shardings = loop.create(subject.build, optimiser, subject.mesh, subject.seed)
+    if spec.get("weights_to"):
+        save_weights(state, Path(spec["weights_to"]))
+    return subject, graphdef, state, shardings, optimiser
+
+
+def _facts(subject: Subject, state: loop.State) -> dict[str, Any]:
+    return {
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.devices()[0].platform,
+        "params": loop.count(state.params),
+        "batch": subject.config.train.order.batch,
+    }
+
+
+def _batches(subject: Subject) -> Iterator[Batch]:
+    order = subject.config.train.order
+    source = GlobalBatches(subject.rows, subject.examples.batch, config=order)
+    return iter(iterate(source))
+
+
+class Train:
+    """The compiled step of `loop`, its numbers read one step late."""
+
+    def __init__(self, spec: Spec):
+        subject, graphdef, state, shardings, optimiser = _start(spec)
+        self.facts = _facts(subject, state)
+        self._subject, self._state, self._batches = subject, state, _batches(subject)
+        self._step = loop.make_step(subject.task, optimiser, graphdef, shardings)
+        self._waiting: list[Any] = []
+        self._losses: list[float] = []
+
+    def run(self, *, seconds: float, steps: int) -> Measured:
+        batch = self._subject.config.train.order.batch
+        return timed(
+            self._one, self._read, seconds=seconds, steps=steps, examples=batch, losses=self._losses
+        )
+
+    def _one(self) -> None:
+        subject = self._subject
+        batch = loop.put(next(self._batches), subject.mesh)
+        self._state, numbers = self._step(self._state, batch, subject.past)
+        self._read()
+        self._waiting.append(numbers)
+
+    def _read(self) -> None:
+        while self._waiting:
+            self._losses.append(float(jax.device_get(self._waiting.pop()["logloss"])))
+
+
+class Predict:
+    """A trained model as it serves: batch -> click probabilities."""
+
+    def __init__(self, spec: Spec):
+        subject, graphdef, state, _, _ = _start(spec)
+        self.facts = _facts(subject, state)
+        self.subject = subject
+        self._state = (state.params, state.rest)
+        self.programs = 0
+        """How many were compiled."""
+        del state  # the optimiser's part is not served
+
+        @jax.jit
+        def predict(state: Any, batch: Any, past: Any) -> jax.Array:
+            self.programs += 1  # once per tracing
+            return nnx.sigmoid(nnx.merge(graphdef, *state)(batch, past).logits_B)
+
+        self._predict = predict
+
+    def __call__(self, batch: Batch) -> jax.Array:
+        """Dispatches; returns before the answer is there."""
+        return self._predict(self._state, loop.put(batch, self.subject.mesh), self.subject.past)
+
+
+class Infer:
+    """Batches one after the other, one of them in flight while the host reads the one before."""
+
+    def __init__(self, spec: Spec):
+        self._predict = Predict(spec)
+        self.facts = self._predict.facts
+        self._batches = _batches(self._predict.subject)
+        self._waiting: list[tuple[jax.Array, np.ndarray]] = []
+        self._losses: list[float] = []
+
+    def run(self, *, seconds: float, steps: int) -> Measured:
+        batch = self._predict.subject.config.train.order.batch
+        found = timed(
+            self._one, self._read, seconds=seconds, steps=steps, examples=batch, losses=self._losses
+        )
+        return replace(found, more={"programs": self._predict.programs})
+
+    def _one(self) -> None:
+        batch = next(self._batches)
+        asked = self._predict(batch)
+        self._read()
+        self._waiting.append((asked, batch["label_B"]))
+
+    def _read(self) -> None:
+        while self._waiting:
+            probability_B, label_B = self._waiting.pop()
+            self._losses.append(entropy(np.asarray(jax.device_get(probability_B)), label_B))
+
+
+class Latency:
+    """Requests of one batch each, from host arrays to host probabilities."""
+
+    def __init__(self, spec: Spec):
+        self._predict = Predict(spec)
+        self.facts = self._predict.facts
+        batches = _batches(self._predict.subject)
+        self._requests = [next(batches) for _ in range(REQUESTS)]
+        self._losses: list[float] = []
+        self._asked = 0
+
+    def run(self, *, seconds: float, steps: int) -> Measured:
+        size = self._predict.subject.config.train.order.batch
+        self._losses.clear()
+        found = timed_each(self._one, seconds=seconds, steps=steps, examples=size)
+        return replace(
+            found, losses=tuple(self._losses[:REQUESTS]), more={"programs": self._predict.programs}
+        )
+
+    def _one(self) -> None:
+        batch = self._requests[self._asked % REQUESTS]
+        probability_B = np.asarray(jax.device_get(self._predict(batch)))
+        if self._asked < REQUESTS:
+            self._losses.append(entropy(probability_B, batch["label_B"]))
+        self._asked += 1
+
+
+def entropy(probability_B: np.ndarray, label_B: np.ndarray) -> float:
+    """Mean cross-entropy of float32 probabilities."""
+    p_B = np.clip(probability_B.astype(np.float64), 1e-7, 1 - 1e-7)
+    return float(-np.mean(np.where(label_B > 0, np.log(p_B), np.log1p(-p_B))))

@@ -1,0 +1,24 @@
+"""Our side of a benchmark: `python -m loopfm_jax.bench.worker` answers `bench.protocol`."""
+
+import os
+from pathlib import Path
+
+import jax
+
+from loopfm_jax.bench.child import PACKAGES, versions
+from loopfm_jax.bench.jobs import Infer, Latency, Train
+from loopfm_jax.bench.limits import Limits
+from loopfm_jax.bench.protocol import serve
+
+JOBS = {"train": Train, "infer": Infer, "latency": Latency, "limits": Limits}
+XLA_CACHE = Path("~/.cache/loopfm_jax/xla")
+
+
+def main() -> None:
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(XLA_CACHE.expanduser())
+    jax.config.update("jax_compilation_cache_dir", cache)
+    serve(JOBS, versions=versions(PACKAGES))
+
+
+if __name__ == "__main__":
+    main()

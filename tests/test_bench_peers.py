@@ -1,0 +1,29 @@
+"""Benchmarks beside FuxiCTR, tiny: from our weights both sides have the same losses."""
+
+import json
+import sys
+
+import bench_cases
+import pytest
+
+from loopfm_jax import cli
+from loopfm_jax.bench import make, rows
+
+pytestmark = pytest.mark.peers
+CASES = (*bench_cases.TRAINED, bench_cases.INFER, bench_cases.LATENCY)
+
+
+def test_first_losses_agree(monkeypatch, capsys):
+    pytest.importorskip("torch", reason="torch is missing: pip install -e .[dev,peers]")
+    pytest.importorskip("fuxictr", reason="fuxictr is missing: pip install -e .[dev,peers]")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setattr(rows, "CASES", CASES)
+    monkeypatch.setattr(make, "LIMITS", bench_cases.LIMITS)
+    brief = ["--rounds", "1", "--seconds", "0"]
+    cli.main(["bench", *brief, "--peer", "fuxictr", "--peer-python", sys.executable])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for result in found["results"]:
+        assert result["valid"] and result["ratio"] > 0 and result["peer_value"] > 0, result
+        assert result["loss_difference"] < (1e-2 if result["peer_dtype"] == "bfloat16" else 1e-4)
+    wanted = {(case.name, side.name) for case in CASES for side in case.peers}
+    assert {(r["name"], r["peer"]) for r in found["results"]} == wanted
