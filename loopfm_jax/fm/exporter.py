@@ -130,7 +130,7 @@ def fit(
     """
     width = code_width(config, fm_config)
     rows = sample(known_rows(lessons.inputs, before=before))
-    past = lessons.past(mesh, fm_config)
+    past = lessons.past(mesh)
     found = _survey(lessons, model, rows, past, width=width, batch=config.batch, mesh=mesh)
     codecs, losses = {}, {}
     for tap in fm_config.taps:

@@ -24,6 +24,7 @@ from loopfm_jax.history.files import write_rows
 from loopfm_jax.history.slices import SliceConfig, slices
 
 Side = Literal["outcome", "age"]
+Residency = Literal["auto", "device", "host"]
 OWN = "key"
 """The key of the log itself (a user)."""
 
@@ -44,6 +45,10 @@ class HistoryConfig(SliceConfig):
     trained tables. A choice of the VM."""
     side: tuple[Side, ...] = ()
     """Told to the encoders of every method; the paper tells nothing."""
+    residency: Residency = "auto"
+    """Where stores wait for training and inference: whole on every `device`, so that a batch brings
+    two integers per example, or in their files on the `host`, so that it brings its own tokens'
+    codes. `auto`: on the device while they take a quarter of its memory. Results are the same."""
 
 
 @dataclass(frozen=True)
