@@ -116,7 +116,7 @@ class Flow:
     @property
     def _structure(self) -> Stage:
         told = as_json(self.config.history)
-        for choice in ("side", "tap", "raw"):  # of the VM: they do not change the store
+        for choice in ("side", "tap", "raw", "residency"):  # of the reader, not of the store
             del told[choice]
         return self.stage(
             "structure",
@@ -193,6 +193,7 @@ class Flow:
                 labels=stage.config["labels"],
                 span=stage.config["span"],
                 history=self._read_by_teacher.get("history"),
+                residency=self.config.history.residency,
             )
 
         return self.make(stage, work)
@@ -208,6 +209,7 @@ class Flow:
                 mesh=make_mesh(self.config.mesh),
                 directory=directory,
                 history=self._read_by_teacher.get("history"),
+                residency=self.config.history.residency,
             )
 
         return self.make(self._export, work)
@@ -259,6 +261,7 @@ class Flow:
             stage.inputs.get("history"),
             tap=stage.config["tap"],
             raw=stage.config["raw"] or (),
+            residency=self.config.history.residency,
             swap=histories == "swapped",
         )
         found = find_method(method, side=self.config.history.side)

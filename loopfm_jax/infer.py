@@ -39,19 +39,20 @@ def run(
     waiting: list[tuple[int, dict[str, jax.Array]]] = []
     started, done = time.monotonic(), 0
 
-    def write() -> None:
+    def write() -> int:
         start, values = waiting.pop(0)
+        stop = min(start + config.batch, len(rows))
         for name, value in jax.device_get(values).items():
-            stop = min(start + config.batch, len(rows))
             writers[name][start:stop] = value[: stop - start]
+        return stop - start
 
     with track(title, total=len(rows), unit="examples") as advance:
         for n, host_batch in enumerate(iterate(source)):
             waiting.append((n * config.batch, jitted(state, put(host_batch, mesh), constants)))
             if len(waiting) > 1:
-                write()
-                started, done = (time.monotonic(), 0) if n == 1 else (started, done + config.batch)
-            advance(config.batch)
+                count = write()
+                started, done = (time.monotonic(), 0) if n == 1 else (started, done + count)
+            advance(min(config.batch, len(rows) - n * config.batch))
         while waiting:
-            write()
-    return done / (time.monotonic() - started) if done else float("nan")
+            done += write()
+    return done / (time.monotonic() - started) if len(source) > 1 else float("nan")

@@ -5,13 +5,13 @@ explicit, and a loss that is not finite stops the run. A checkpoint holds the mo
 position in the data, so a resumed run ends bit-equal to one that was never interrupted.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,12 +64,13 @@ class Trainable(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """`curve`: step -> mean loss terms since the point before; `examples_per_s` after compiling."""
+    """`curve`: step -> mean loss terms since the point before."""
 
     model: nnx.Module
     params: int
     curve: list[dict[str, float]]
-    examples_per_s: float
+    measured: dict[str, float]
+    """`examples_per_s` after compiling; `wait_share` of the time that the loop waited for input."""
 
 
 def train(
@@ -106,13 +107,15 @@ def train(
         params, rest = jax.tree.map(jnp.copy, _parts(start))  # the step donates what it is given
         state = jax.device_put(replace(state, params=params, rest=rest), shardings)
     step = make_step(task, optimiser, graphdef, shardings)
-    batches = iterate(source)
+    batches, waiting = iterate(source), _Waiting()
     with checkpoint.Saver(directory, every=config.checkpoint_steps) as saver:
         state, past = saver.restore(state, batches)
         curve = _Curve(len(source), config.order.batch, past)
         with track(title, total=len(source) * config.order.batch, unit="examples") as advance:
             with jax.transfer_guard("disallow"):
-                for n, batch in _on_device(batches, mesh, start=int(jax.device_get(state.step))):
+                start = int(jax.device_get(state.step))
+                for n, batch in enumerate(waiting.watch(batches), start=start):
+                    batch = put(batch, mesh)
                     state, numbers = step(state, batch, constants)
                     curve.add(n, numbers)
                     advance(config.order.batch)
@@ -120,7 +123,8 @@ def train(
                         saver.save(n + 1, state, batches, curve.flush())
     curve.flush()
     model = nnx.merge(graphdef, state.params, state.rest)
-    return Trained(model, count(state.params), curve.points, curve.examples_per_s())
+    measured = {"examples_per_s": curve.examples_per_s(), "wait_share": waiting.share()}
+    return Trained(model, count(state.params), curve.points, measured)
 
 
 def create(
@@ -167,13 +171,6 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def _on_device(
-    batches: grain.DatasetIterator, mesh: Mesh, *, start: int
-) -> Iterator[tuple[int, dict[str, jax.Array]]]:
-    for n, batch in enumerate(batches, start=start):
-        yield n, put(batch, mesh)
-
-
 def put(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
     """A host batch on the devices, split over `data` by its first axis."""
     return jax.device_put(batch, sharding.split(mesh, "data"))
@@ -190,6 +187,28 @@ def _check_batch(batch: int, mesh: Mesh) -> None:
             f"a batch of {batch} does not divide over mesh.data = {mesh.shape['data']}: change "
             "order.batch"
         )
+
+
+class _Waiting:
+    """Which share of the wall time a loop waited for its next batch, the first two left out: they
+    are before the step is compiled."""
+
+    def __init__(self):
+        self._began, self._waited = float("nan"), 0.0
+
+    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for n in itertools.count():
+            asked = time.monotonic()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            if n == 2:
+                self._began = asked
+            self._waited += (time.monotonic() - asked) if n >= 2 else 0.0
+            yield batch
+
+    def share(self) -> float:
+        return self._waited / (time.monotonic() - self._began)
 
 
 class _Curve:

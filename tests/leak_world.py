@@ -198,7 +198,7 @@ class World:
         return batch | {"slices": {OWN: own | {"slot_T": np.zeros(SLOTS, np.uint8)}}}
 
     def past_of(self, examples: train.Examples) -> Past:
-        return examples.join.past(make_mesh(MeshConfig()), encoder=VM.encoder.name)
+        return examples.join.past(make_mesh(MeshConfig()))
 
     def relabelled(self, monkeypatch, label: np.ndarray) -> None:
         """From now on the log on disk seems to hold other labels."""

@@ -99,7 +99,7 @@ def test_weights_stand_beside_the_entries_they_are_paid_to(loopfm, monkeypatch):
     model = load_vm(examples, flow.config.vm, flow.vm("loopfm", 0), mesh)
 
     def look():
-        return attend(model, examples, encoder="transformer", holdout="test", mesh=mesh)
+        return attend(model, examples, holdout="test", mesh=mesh)
 
     as_trained = look()
     np.testing.assert_allclose(as_trained.weight_NL.sum(axis=1), 1, rtol=1e-5)

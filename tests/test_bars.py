@@ -307,7 +307,7 @@ def check_pictures(flow: Flow) -> None:
     pictures = examples.inputs.log.pretrained["item_emb"]
     assert pictures.shape not in sizes and pictures.any()
 
-    batch, past = examples.batch(examples.inputs.rows("test")), examples.past(mesh, "mean")
+    batch, past = examples.batch(examples.inputs.rows("test")), examples.past(mesh)
     model = load_vm(examples, vm, folder, mesh)
     predicted = nnx.sigmoid(model(jax.tree.map(np.asarray, batch), past).logits_B)
     expected = np.load(folder / "prediction.npy", allow_pickle=False)

@@ -142,7 +142,8 @@ def test_learns_and_reports(tmp_path: Path) -> None:
     trained = run(tmp_path, config=config)
     assert trained.curve[-1]["logloss"] < trained.curve[0]["logloss"] - 0.03
     assert trained.params == WIDTH + 1 + 2 * WIDTH
-    assert trained.examples_per_s > 0
+    assert trained.measured["examples_per_s"] > 0
+    assert 0 <= trained.measured["wait_share"] < 1
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:

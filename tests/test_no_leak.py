@@ -135,36 +135,33 @@ def test_the_world_has_the_hard_cases(world):
 
 # --------------------------------------------------------------------------------- mutants
 
-END, START = "query_time - delay)", "query_time - retention)"
+LEFT, END, START = 'side="left"', "end[rows] = stop", "time - retention)"
+WRITE = "write_rows, path, values, row)"
 RANK = "end_B[example_T] - 1 - rank_T"
 PACK = (reader, "pack")
 SLICES_OF_STORE, SLICES_OF_INPUTS = (store, "slices"), (inputs, "slices")
 STRUCTURE, JOIN, READ = (flow, "structure"), (train, "Join"), (inputs, "open_inputs")
 by_history, by_label, by_behaviour, by_swap = CHECKS
 
+
+def unsorted(column: str) -> str:
+    """A column is written in the order of the log."""
+    rows = f"np.sort(row) if path.name.startswith({column!r}) else row"
+    return f"write_rows, path, values, {rows})"
+
+
 MUTANTS = {
-    "ties count": (
+    "ties count": (by_history, slices, LEFT, 'side="right"', SLICES_OF_STORE),
+    "no delay": (by_history, slices, "time - delay)", "time)", SLICES_OF_STORE),
+    "delay granted": (by_history, slices, "time - delay)", "time + delay)", SLICES_OF_STORE),
+    "no key": (by_history, slices, "_pack(key, clock(", "_pack(0 * key, clock(", SLICES_OF_STORE),
+    "one too new": (by_history, slices, END, "end[rows] = stop + 1", SLICES_OF_STORE),
+    "one too old": (by_history, slices, END, "end[rows] = stop - 1", SLICES_OF_STORE),
+    "answers in the order of asking": (
         by_history,
         slices,
-        f'{END}, side="left"',
-        f'{END}, side="right"',
-        SLICES_OF_STORE,
-    ),
-    "no delay": (by_history, slices, END, "query_time)", SLICES_OF_STORE),
-    "delay granted": (by_history, slices, END, "query_time + delay)", SLICES_OF_STORE),
-    "no key": (by_history, slices, "searchsorted(self._keys, key)", "int64(0)", SLICES_OF_STORE),
-    "one too new": (
-        by_history,
-        slices,
-        "order, end.astype",
-        "order, (end + 1).astype",
-        SLICES_OF_STORE,
-    ),
-    "one too old": (
-        by_history,
-        slices,
-        "order, end.astype",
-        "order, (end - 1).astype",
+        END,
+        "end[part] = stop",
         SLICES_OF_STORE,
     ),
     "one too many": (
@@ -177,13 +174,13 @@ MUTANTS = {
     "oldest kept": (
         by_history,
         slices,
-        "order, end.astype",
-        "order, (start + length).astype",
+        END,
+        "end[rows] = start + np.clip(stop - start, 0, config.length)",
         SLICES_OF_STORE,
     ),
-    "retention turned": (by_history, slices, START, "query_time + retention)", SLICES_OF_STORE),
-    "no retention": (by_history, slices, START, "query_time - 10**12)", SLICES_OF_STORE),
-    "unsorted search": (by_history, slices, "packed = packed[order]", "", SLICES_OF_STORE),
+    "retention turned": (by_history, slices, START, "time + retention)", SLICES_OF_STORE),
+    "no retention": (by_history, slices, START, "time - 10**12)", SLICES_OF_STORE),
+    "unsorted search": (by_history, slices, "packed.sort()", "", SLICES_OF_STORE),
     "logged when asked": (
         by_history,
         store,
@@ -198,14 +195,8 @@ MUTANTS = {
         "query_time=logged_time",
         STRUCTURE,
     ),
-    "codes unsorted": (
-        by_history,
-        store,
-        'codes_{tap}": codes[row]',
-        'codes_{tap}": codes',
-        STRUCTURE,
-    ),
-    "outcomes unsorted": (by_label, store, "outcome[row]", "outcome", STRUCTURE),
+    "codes unsorted": (by_history, store, WRITE, unsorted("codes_"), STRUCTURE),
+    "outcomes unsorted": (by_label, store, WRITE, unsorted("outcome"), STRUCTURE),
     "next example's slice": (
         by_history,
         join,
@@ -248,8 +239,8 @@ MUTANTS = {
     "behaviours with ties": (
         by_behaviour,
         slices,
-        f'{END}, side="left"',
-        f'{END}, side="right"',
+        LEFT,
+        'side="right"',
         SLICES_OF_INPUTS,
     ),
 }

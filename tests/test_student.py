@@ -85,7 +85,7 @@ def test_a_batch_holds_what_the_method_reads_and_no_more(name):
     method = find_method(name)
     reading = make_reading(method, ("key",))
     histories = Histories({"key": store}, {}, 3, start_ms=60_000)
-    join = Join(inputs, histories, reading, first=10)  # type: ignore
+    join = Join(inputs, histories, reading, first=10, residency="device")  # type: ignore
     taps = set(now_taps(method, reading).values())
     stored = {tap: np.arange(6)[:, None] for tap in TAPS}
     exported = Exported(stored, np.arange(6) / 8, {"first": 10}, {})
@@ -261,7 +261,7 @@ def test_raw_entries_are_the_chosen_ids_of_the_rows_they_were(chosen):
     reading = make_reading(find_method("raw"), ("key",), chosen)
     inputs = SimpleNamespace(schema=SCHEMA, log={"ids": ids})
     join = Join(inputs, Histories({"key": store}, {}, 3, start_ms=0), reading, first)  # type: ignore
-    entries = join.past(make_mesh(MeshConfig()), encoder="mean").entries["key"]
+    entries = join.past(make_mesh(MeshConfig())).entries["key"]
     wanted, column = chosen or ("item", "cate"), {"user": 0, "item": 1, "cate": 2}
     expected = [[ids[first + r, column[name]] for name in wanted] for r in row]
     assert np.asarray(entries.ids_SF).tolist() == expected

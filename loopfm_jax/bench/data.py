@@ -123,4 +123,4 @@ def join_histories(inputs: Inputs, spec: HistorySpec, *, seed: int = 0) -> tuple
     codecs: dict[str, Any] = {"hidden_0": codec}
     reading = Reading(("loopfm",), ("key",), (), codecs, "hidden_0")
     histories = Histories({"key": store}, codecs, longest=spec.length, start_ms=0)
-    return reading, Join(inputs, histories, reading, first=0)
+    return reading, Join(inputs, histories, reading, first=0, residency="device")

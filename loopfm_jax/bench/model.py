@@ -74,7 +74,7 @@ def make_subject(spec: Spec) -> Subject:
         method = "loopfm"
     examples = Examples(inputs, find_method(method), reading, None, join)
     mesh = make_mesh(MeshConfig())
-    past = examples.past(mesh, config.encoder.name)
+    past = examples.past(mesh)
     return Subject(examples, config, mesh, past, spec.get("seed", 0))
 
 

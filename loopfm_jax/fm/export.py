@@ -11,6 +11,7 @@ from loopfm_jax.fm import refresh
 from loopfm_jax.fm.exporter import ExportConfig, code_width, fit, open_writers
 from loopfm_jax.fm.teacher import FMConfig
 from loopfm_jax.fm.train import open_lessons
+from loopfm_jax.history.store import Residency
 
 
 def export(
@@ -23,6 +24,7 @@ def export(
     mesh: Mesh,
     directory: Path,
     history: Path | None = None,
+    residency: Residency = "auto",
 ) -> dict[str, Any]:
     """Runs the FM of stage folder `fm` over all rows of the prepared log `data` that come after
     the ones it learned from.
@@ -32,9 +34,10 @@ def export(
 
     Args:
       history: what an FM of a second round reads.
+      residency: where that waits.
     """
     facts = stages.verify(fm)["facts"]
-    lessons = open_lessons(data, fm_config, history)
+    lessons = open_lessons(data, fm_config, history, residency)
     model = checkpoint.load_model(
         lessons.builder(fm_config), fm, mesh, pretrained=lessons.inputs.log.pretrained
     )

@@ -71,31 +71,37 @@ class Exporter:
 
     def run(self, rows: np.ndarray, writers: Mapping[str, np.ndarray], *, title: str) -> float:
         """Fills `codes_<tap>` and `soft` of `writers` for these rows; returns examples/s."""
-
-        def step(
-            model: Teacher, batch: dict[str, Any], constants: tuple[Any, Any, Any]
-        ) -> dict[str, jax.Array]:
-            codecs, align, past = constants
-            taught = model(batch, past)
-            stored = {"soft": nnx.sigmoid(taught.logits_B)}
-            for tap, code_BZ in taught.codes.items():
-                code_BZ = code_BZ[:, : codecs[tap].width]
-                if tap in align:
-                    code_BZ = jnp.clip(code_BZ @ align[tap][:-1] + align[tap][-1:], -1, 1)
-                stored[f"codes_{tap}"] = quantise(code_BZ, codecs[tap])
-            return stored
-
         return infer.run(
             self.model,
-            step,
+            log_batch,
             rows,
             self.lessons.batch,
             writers,
             batch=self.batch,
             mesh=self.mesh,
-            constants=(dict(self.codecs), dict(self.align), self.past),
+            constants=self.constants,
             title=title,
         )
+
+    @property
+    def constants(self) -> tuple[Any, Any, Any]:
+        """What `log_batch` reads besides the batch."""
+        return dict(self.codecs), dict(self.align), self.past
+
+
+def log_batch(
+    model: Teacher, batch: dict[str, Any], constants: tuple[Any, Any, Any]
+) -> dict[str, jax.Array]:
+    """What is stored of a batch: `soft` and `codes_<tap>`, as bytes."""
+    codecs, align, past = constants
+    taught = model(batch, past)
+    stored = {"soft": nnx.sigmoid(taught.logits_B)}
+    for tap, code_BZ in taught.codes.items():
+        code_BZ = code_BZ[:, : codecs[tap].width]
+        if tap in align:
+            code_BZ = jnp.clip(code_BZ @ align[tap][:-1] + align[tap][-1:], -1, 1)
+        stored[f"codes_{tap}"] = quantise(code_BZ, codecs[tap])
+    return stored
 
 
 def code_width(config: ExportConfig, fm_config: FMConfig) -> int:
@@ -130,7 +136,7 @@ def fit(
     """
     width = code_width(config, fm_config)
     rows = sample(known_rows(lessons.inputs, before=before))
-    past = lessons.past(mesh, fm_config)
+    past = lessons.past(mesh)
     found = _survey(lessons, model, rows, past, width=width, batch=config.batch, mesh=mesh)
     codecs, losses = {}, {}
     for tap in fm_config.taps:

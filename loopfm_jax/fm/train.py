@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 from loopfm_jax import checkpoint, infer, loop, stages
 from loopfm_jax.fm.compressor import Projection
 from loopfm_jax.fm.teacher import FMConfig, Teacher, loss
+from loopfm_jax.history.encoders import TIMED
 from loopfm_jax.history.join import Join
 from loopfm_jax.history.reader import Past, Reading
-from loopfm_jax.history.store import open_histories
+from loopfm_jax.history.store import Residency, open_histories
 from loopfm_jax.inputs import Inputs, open_inputs
 
 Labels = Literal["true", "shuffled"]
@@ -37,15 +38,17 @@ class Lessons:
         batch: dict[str, Any] = dict(self.inputs.batch(rows))
         return batch | self.join.batch(rows) if self.join else batch
 
-    def past(self, mesh: Mesh, config: FMConfig) -> Past | None:
-        return self.join.past(mesh, encoder=config.encoder.name) if self.join else None
+    def past(self, mesh: Mesh) -> Past | None:
+        return self.join.past(mesh) if self.join else None
 
     def builder(self, config: FMConfig) -> Callable[[nnx.Rngs], Teacher]:
         reading = self.join.reading if self.join else None
         return lambda rngs: Teacher(self.inputs.schema, config, reading, rngs=rngs)
 
 
-def open_lessons(data: Path, config: FMConfig, history: Path | None = None) -> Lessons:
+def open_lessons(
+    data: Path, config: FMConfig, history: Path | None = None, residency: Residency = "auto"
+) -> Lessons:
     """The prepared log `data` as the teacher reads it, with the histories of a first round."""
     inputs = open_inputs(data, reader="fm", behaviours=config.backbone.reads_behaviours)
     if history is None:
@@ -59,7 +62,8 @@ def open_lessons(data: Path, config: FMConfig, history: Path | None = None) -> L
         codecs=histories.codecs,
         tap=facts["taps"][0],
     )
-    return Lessons(inputs, Join(inputs, histories, reading, facts["first"]))
+    timed = config.encoder.name in TIMED
+    return Lessons(inputs, Join(inputs, histories, reading, facts["first"], timed, residency))
 
 
 def train_fm(
@@ -72,6 +76,7 @@ def train_fm(
     labels: Labels = "true",
     span: Span = "whole",
     history: Path | None = None,
+    residency: Residency = "auto",
 ) -> dict[str, Any]:
     """Trains on the FM window of the prepared log `data`; writes the model into `directory`.
 
@@ -79,11 +84,12 @@ def train_fm(
       labels: `shuffled` permutes the FM window's labels (a control: the FM learns nothing true).
       span: `first-half` leaves the later half of the window's rows to a second round.
       history: `structure` folder of a first round's codes, which this FM reads.
+      residency: where these wait.
     """
-    lessons = open_lessons(data, config, history)
+    lessons = open_lessons(data, config, history, residency)
     rows = known_rows(lessons.inputs, before=first_unseen(lessons.inputs, span))
     assemble = lessons.batch if labels == "true" else _shuffled(lessons, rows, seed)
-    past = lessons.past(mesh, config)
+    past = lessons.past(mesh)
     trained = loop.train(
         loop.Trainable(lessons.builder(config), partial(loss, config=config)),
         rows,
@@ -105,7 +111,7 @@ def train_fm(
         "curve": trained.curve,
         "first": first_unseen(lessons.inputs, span),
         "cutoff_ms": int(lessons.inputs.log["logged_time"][rows].max()),
-        "measured": {"examples_per_s": trained.examples_per_s},
+        "measured": trained.measured,
     }
 
 

@@ -1,6 +1,14 @@
-"""Rows of a log joined with their histories: what a batch brings, and what waits on the device."""
+"""Rows of a log joined with their histories: what a batch brings, and what waits on the device.
 
-from dataclasses import dataclass
+Stores that fit wait on every device, and a batch brings two integers per example; otherwise they
+stay in their memory maps, and a batch brings what its own tokens read, codes still packed, gathered
+by the thread that prepares batches. The step computes the same numbers from either.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -8,11 +16,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from loopfm_jax import sharding
-from loopfm_jax.history.encoders import TIMED
 from loopfm_jax.history.reader import Entries, Past, Reading
-from loopfm_jax.history.store import Histories, Store
+from loopfm_jax.history.store import Histories, Residency, Store
 from loopfm_jax.inputs import Inputs
 from loopfm_jax.packing import budget
+
+SHARE = 0.25
+"""Of a device's memory, for the stores that wait there."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +34,14 @@ class Join:
     reading: Reading
     first: int
     """Row of the log that is example 0."""
+    timed: bool = False
+    """Whether the encoder looks at the age of entries."""
+    residency: Residency = "auto"
 
     def batch(self, rows: np.ndarray) -> dict[str, Any]:
         """`slices` by key: `end_B`, `length_B` int32 and `slot_T`, whose length is the token
-        budget of this batch; `seconds_B` int32."""
+        budget of this batch, and `entries` [T, ...] of stores that stay on the host; `seconds_B`
+        int32."""
         known = rows >= self.first
         example = np.where(known, rows - self.first, 0)
         seconds = (self.inputs.log["time"][rows] - self.histories.start_ms) // 1000
@@ -42,36 +56,68 @@ class Join:
     def _slices(self, store: Store, example: np.ndarray, known: np.ndarray) -> dict[str, Any]:
         length_B = np.where(known, store.length[example], 0).astype(np.int32)
         slots = budget(length_B, longest=self.histories.longest)
-        return {
-            "end_B": store.end[example].astype(np.int32),
-            "length_B": length_B,
-            "slot_T": np.zeros(slots, np.uint8),
-        }
+        end_B = store.end[example].astype(np.int32)
+        found = {"end_B": end_B, "length_B": length_B, "slot_T": np.zeros(slots, np.uint8)}
+        if self.on_device:
+            return found
+        row_T = token_rows(end_B, length_B)
+        entries = self._entries(store, lambda x: _gather(x, row_T, slots=slots))
+        return found | {"entries": replace(entries, gathered=True)}
 
-    def past(self, mesh: Mesh, *, encoder: str) -> Past:
-        """The stores as the step reads them, resident on the devices."""
-        entries = {
-            key: self._entries(self.histories.stores[key], timed=encoder in TIMED)
-            for key in self.reading.keys
-        }
+    @cached_property
+    def on_device(self) -> bool:
+        """Where the stores wait."""
+        if self.residency != "auto":
+            return self.residency == "device"
+        size = 0
+        for key in self.reading.keys:
+            store = self.histories.stores[key]
+            one = self._entries(store, lambda x: x[:1])
+            size += len(store.row) * sum(x.nbytes for x in jax.tree.leaves(one))
+        return size <= SHARE * device_bytes()
+
+    def past(self, mesh: Mesh) -> Past:
+        """What the step reads besides batches: the stores that wait on the devices."""
+        stores = {key: self.histories.stores[key] for key in self.reading.keys}
+        entries = {k: self._entries(s, np.asarray) for k, s in stores.items() if self.on_device}
         return jax.device_put(Past(entries, dict(self.reading.codecs)), sharding.split(mesh))
 
-    def _entries(self, store: Store, *, timed: bool) -> Entries:
+    def _entries(self, store: Store, pick: Callable[[np.ndarray], np.ndarray]) -> Entries:
+        """`pick` of every column that is read."""
         reading = self.reading
         taps = {tap for content in reading.contents if (tap := reading.tap_of(content))}
-        told = {
-            "seconds": store.seconds if timed or "age" in reading.side else None,
-            "outcome": store.outcome if "outcome" in reading.side else None,
-            "soft": store.soft if "soft" in reading.contents else None,
-            "ids_SF": self._ids(store) if "raw" in reading.contents else None,
-        }
         return Entries(
-            codes={tap: np.asarray(store.codes[tap]) for tap in sorted(taps)},
-            **{name: None if v is None else np.asarray(v) for name, v in told.items()},
+            codes={tap: pick(store.codes[tap]) for tap in sorted(taps)},
+            ids_SF=self._ids(pick(store.row)) if "raw" in reading.contents else None,
+            seconds=pick(store.seconds) if self.timed or "age" in reading.side else None,
+            outcome=pick(store.outcome) if "outcome" in reading.side else None,
+            soft=pick(store.soft) if "soft" in reading.contents else None,
             longest=self.histories.longest,
         )
 
-    def _ids(self, store: Store) -> np.ndarray:
+    def _ids(self, row: np.ndarray) -> np.ndarray:
         names = [f.name for f in self.inputs.schema.categorical]
         columns = [names.index(name) for name in self.reading.raw]
-        return self.inputs.log["ids"][self.first + store.row][:, columns]
+        return self.inputs.log["ids"][self.first + row][:, columns]
+
+
+def token_rows(end_B: np.ndarray, length_B: np.ndarray) -> np.ndarray:
+    """The store's rows in the order of packed tokens: of every example, the newest first."""
+    stop_B = np.cumsum(length_B, dtype=np.int64)
+    newest_B = end_B - 1 + stop_B - length_B
+    return np.repeat(newest_B, length_B) - np.arange(stop_B[-1] if len(stop_B) else 0)
+
+
+def _gather(values: np.ndarray, rows: np.ndarray, *, slots: int) -> np.ndarray:
+    """`values[rows]`, filled up by zeros to so many."""
+    found = np.zeros((slots, *values.shape[1:]), values.dtype)
+    if len(rows):
+        values.take(rows, axis=0, out=found[: len(rows)], mode="clip")  # `raise` takes a copy
+    return found
+
+
+def device_bytes() -> int:
+    """Memory of one device; where devices do not tell (CPU), that of the machine."""
+    told = jax.local_devices()[0].memory_stats() or {}
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return told.get("bytes_limit", pages)

@@ -34,7 +34,8 @@ CODE_RMS = 0.3
 
 @struct.dataclass
 class Entries:
-    """A device-resident store by one kind of key; what nobody reads is None or absent."""
+    """A store by one kind of key on the device, or those of its rows that the tokens of a batch
+    are; what nobody reads is None or absent."""
 
     codes: dict[str, Array]
     """tap -> [S, columns]."""
@@ -44,6 +45,12 @@ class Entries:
     outcome: Array | None
     soft: Array | None
     longest: int = struct.field(pytree_node=False)
+    gathered: bool = struct.field(pytree_node=False, default=False)
+    """One row per token of a batch, instead of [S]."""
+
+    def at(self, values: Array, tokens: Tokens) -> jax.Array:
+        """The rows of the tokens, [T, ...]."""
+        return jnp.asarray(values) if self.gathered else jnp.asarray(values)[tokens.row_T]
 
 
 @struct.dataclass
@@ -194,6 +201,8 @@ class Readers(nnx.Module):
     ) -> list[tuple[jax.Array, jax.Array, Tokens]]:
         """Of every part: values of its tokens, the query, the tokens."""
         query_BQ = jnp.concatenate([embedded.fields[name] for name in self.item], axis=1)
+        brought = {key: s["entries"] for key, s in batch["slices"].items() if "entries" in s}
+        past = replace(past, entries={**past.entries, **brought})
         tokens = {key: self._tokens(batch, key, past.entries[key]) for key in self.keys}
         return [
             (self._values(past, tokens[key], i, lookup), query_BQ, tokens[key])
@@ -214,9 +223,9 @@ class Readers(nnx.Module):
         )
         if entries.seconds is None:
             return tokens
-        age_T = (
-            tokens.spread(batch["seconds_B"]) - jnp.asarray(entries.seconds)[tokens.row_T]
-        ).astype(jnp.float32)
+        age_T = (tokens.spread(batch["seconds_B"]) - entries.at(entries.seconds, tokens)).astype(
+            jnp.float32
+        )
         return replace(tokens, age_T=jnp.maximum(age_T, 0))
 
     def _values(
@@ -228,16 +237,17 @@ class Readers(nnx.Module):
     ) -> jax.Array:
         """Entries of the tokens with their side information, [T,X]; zeros at unreal slots."""
         (key, content), tap = self.parts[part], self.taps[part]
-        entries, row_T = past.entries[key], tokens.row_T
+        entries = past.entries[key]
         if tap is not None:
-            stored_TX, book = jnp.asarray(entries.codes[tap])[row_T], self.books[part]
+            stored_TX, book = entries.at(entries.codes[tap], tokens), self.books[part]
             parts = [book(stored_TX) if book else dequantise(stored_TX, past.codecs[tap])]
         elif content == "raw":
             assert entries.ids_SF is not None
-            parts = [lookup(jnp.asarray(entries.ids_SF)[row_T]).reshape(len(row_T), -1)]
+            ids_TF = entries.at(entries.ids_SF, tokens)
+            parts = [lookup(ids_TF).reshape(len(ids_TF), -1)]
         else:
             assert entries.soft is not None
-            parts = [jnp.asarray(entries.soft)[row_T][:, None]]
+            parts = [entries.at(entries.soft, tokens)[:, None]]
         parts += [tell(entries, tokens, side)[:, None] for side in self.side]
         return jnp.where(tokens.real_T[:, None], jnp.concatenate(parts, axis=1), 0)
 
@@ -263,6 +273,6 @@ def tell(entries: Entries, tokens: Tokens, side: Side) -> jax.Array:
     since the entry, scaled to about [0, 1]."""
     if side == "outcome":
         assert entries.outcome is not None
-        return 2 * jnp.asarray(entries.outcome)[tokens.row_T].astype(jnp.float32) - 1
+        return 2 * entries.at(entries.outcome, tokens).astype(jnp.float32) - 1
     assert tokens.age_T is not None
     return jnp.log1p(tokens.age_T / MINUTE) / jnp.log1p(WEEK / MINUTE)

@@ -9,7 +9,9 @@ time order.
     end, length [examples]: every example's history, the slice `end - length : end`.
 """
 
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +20,11 @@ import numpy as np
 
 from loopfm_jax.errors import UserError
 from loopfm_jax.history.codes import Codec
+from loopfm_jax.history.files import write_rows
 from loopfm_jax.history.slices import SliceConfig, slices
 
 Side = Literal["outcome", "age"]
+Residency = Literal["auto", "device", "host"]
 OWN = "key"
 """The key of the log itself (a user)."""
 
@@ -41,6 +45,10 @@ class HistoryConfig(SliceConfig):
     trained tables. A choice of the VM."""
     side: tuple[Side, ...] = ()
     """Told to the encoders of every method; the paper tells nothing."""
+    residency: Residency = "auto"
+    """Where stores wait for training and inference: whole on every `device`, so that a batch brings
+    two integers per example, or in their files on the `host`, so that it brings its own tokens'
+    codes. `auto`: on the device while they take a quarter of its memory. Results are the same."""
 
 
 @dataclass(frozen=True)
@@ -119,30 +127,27 @@ def structure(
       code of the first tap.
     """
     start_ms = int(logged_time.min())
-    kept = np.arange(len(time)) if config.keep == "all" else np.flatnonzero(outcome)
+    kept = None if config.keep == "all" else np.flatnonzero(outcome)
+    told = {f"codes_{tap}": codes for tap, codes in exported.codes.items()} | {
+        "seconds": ((logged_time - start_ms) // 1000).astype(np.int32),
+        "outcome": outcome.astype(np.uint8, copy=False),
+        "soft": exported.soft,
+    }
     found = {}
     for name, key in keys.items():
-        folder = directory / name
         order, end, length = slices(
-            entry_key=key[kept],
-            entry_time=logged_time[kept],
+            entry_key=key if kept is None else key[kept],
+            entry_time=logged_time if kept is None else logged_time[kept],
             query_key=key,
             query_time=time,
             config=config,
         )
-        row = kept[order].astype(np.int32)
-        arrays = {f"codes_{tap}": codes[row] for tap, codes in exported.codes.items()} | {
-            "row": row,
-            "seconds": ((logged_time[row] - start_ms) // 1000).astype(np.int32),
-            "outcome": outcome[row].astype(np.uint8),
-            "soft": exported.soft[row],
-            "end": end,
-            "length": length,
-        }
-        folder.mkdir()
-        _save(folder, arrays)
+        row = (order if kept is None else kept[order]).astype(np.int32)
+        del order
+        _write_store(directory / name, row, told, end=end, length=length)
         found[name] = _facts(length)
     _save(directory, {f"book_{tap}": book for tap, book in exported.books.items()})
+    entries = len(time) if kept is None else len(kept)
     bytes_per_row = {
         tap: int(codes.shape[1] * codes.itemsize) for tap, codes in exported.codes.items()
     }
@@ -150,11 +155,29 @@ def structure(
         **{name: exported.facts[name] for name in ("code", "width", "taps", "first", "cutoffs")},
         "longest": config.length,
         "start_ms": start_ms,
-        "entries": len(kept),
+        "entries": entries,
         "keys": found,
-        "store_bytes": len(keys) * len(kept) * sum(bytes_per_row.values()),
+        "store_bytes": len(keys) * entries * sum(bytes_per_row.values()),
         "bytes_per_row": bytes_per_row[exported.facts["taps"][0]],
     }
+
+
+def _write_store(
+    folder: Path,
+    row: np.ndarray,
+    told: Mapping[str, np.ndarray],
+    *,
+    end: np.ndarray,
+    length: np.ndarray,
+) -> None:
+    """Writes what is told of the entries `row`, some columns at a time."""
+    folder.mkdir()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        columns = {folder / f"{name}.npy": values for name, values in told.items()}
+        written = [pool.submit(write_rows, path, values, row) for path, values in columns.items()]
+        _save(folder, {"row": row, "end": end, "length": length})
+        for one in written:
+            one.result()
 
 
 def open_histories(directory: Path, facts: Mapping[str, Any]) -> Histories:

@@ -66,9 +66,7 @@ def analyse_attention(flow: Flow) -> dict[str, Any]:
             continue
         examples, mesh = own.examples(method, config.seed), make_mesh(config.mesh)
         model = load_vm(examples, config.vm, folder, mesh)
-        attended = attend(
-            model, examples, encoder=config.vm.encoder.name, holdout=config.holdout, mesh=mesh
-        )
+        attended = attend(model, examples, holdout=config.holdout, mesh=mesh)
         if not len(attended.row_N):
             return {"missing": "no row of the judged window has two entries in its history"}
         return {
@@ -80,9 +78,7 @@ def analyse_attention(flow: Flow) -> dict[str, Any]:
     return {"missing": "no VM that reads codes is trained here: run `loopfm train-vm` first"}
 
 
-def attend(
-    model: Student, examples: Examples, *, encoder: str, holdout: str, mesh: Mesh
-) -> Attended:
+def attend(model: Student, examples: Examples, *, holdout: str, mesh: Mesh) -> Attended:
     """The attention that candidates of the judged window pay to codes, by the first kind of key;
     of a sample of the rows with two entries or more."""
     join = examples.join
@@ -108,7 +104,7 @@ def attend(
             {"weight": weight_NL},
             batch=1024,
             mesh=mesh,
-            constants=examples.past(mesh, encoder),
+            constants=examples.past(mesh),
             title="analyse attention",
         )
     return _describe(examples, store, rows, weight_NL)

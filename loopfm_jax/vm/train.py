@@ -14,10 +14,17 @@ from jax.sharding import Mesh
 from loopfm_jax import checkpoint, infer, loop, sharding, stages
 from loopfm_jax.data.raw import Holdout, vm_windows
 from loopfm_jax.errors import UserError
+from loopfm_jax.history.encoders import TIMED
 from loopfm_jax.history.join import Join
 from loopfm_jax.history.keys import key_values
 from loopfm_jax.history.reader import Past, Reading, raw_fields
-from loopfm_jax.history.store import Exported, open_export, open_histories, swapped
+from loopfm_jax.history.store import (
+    Exported,
+    Residency,
+    open_export,
+    open_histories,
+    swapped,
+)
 from loopfm_jax.inputs import Inputs, open_inputs
 from loopfm_jax.vm.methods import Method
 from loopfm_jax.vm.student import Student, VMConfig, now_taps
@@ -46,10 +53,10 @@ class Examples:
                 batch["codes"] = {tap: self.exported.codes[tap][example] for tap in sorted(taps)}
         return batch | (self.join.batch(rows) if self.join else {})
 
-    def past(self, mesh: Mesh, encoder: str) -> Past:
+    def past(self, mesh: Mesh) -> Past:
         """What waits on the device."""
         if self.join is not None:
-            return self.join.past(mesh, encoder=encoder)
+            return self.join.past(mesh)
         return jax.device_put(Past({}, dict(self.reading.codecs)), sharding.split(mesh))
 
 
@@ -68,6 +75,8 @@ class Sources:
     """The fields whose ids `raw` histories hold; default: the candidate's."""
     swap: bool = False
     """Every example reads the history of another key (a control)."""
+    residency: Residency = "auto"
+    """Where histories wait."""
 
 
 def open_examples(sources: Sources, config: VMConfig, method: Method) -> Examples:
@@ -93,7 +102,10 @@ def open_examples(sources: Sources, config: VMConfig, method: Method) -> Example
         raw=raw_fields(inputs.schema, sources.raw),
     )
     _check_taps(method, reading, inputs.schema.entity)
-    join = Join(inputs, histories, reading, first) if histories else None
+    join = None
+    if histories:
+        timed = config.encoder.name in TIMED
+        join = Join(inputs, histories, reading, first, timed, sources.residency)
     return Examples(inputs, method, reading, exported, join)
 
 
@@ -140,7 +152,7 @@ def train_vm(
 
     Writes the model and prediction.npy [rows of the holdout] into `directory`.
     """
-    past = examples.past(mesh, config.encoder.name)
+    past = examples.past(mesh)
     trained = loop.train(
         loop.Trainable(_builder(examples, config), partial(Student.loss, config=config.distil)),
         examples.inputs.rows(*vm_windows(holdout)),
@@ -177,7 +189,7 @@ def train_vm(
     return {
         "params": trained.params,
         "curve": trained.curve,
-        "measured": {"examples_per_s": trained.examples_per_s},
+        "measured": trained.measured,
     }
 
 

@@ -1,0 +1,147 @@
+"""A trained VM that answers rows of a log: programs compiled ahead, histories from memory maps.
+
+Requests are filled up to a bucket of examples, their histories to a bucket of tokens; every pair is
+compiled when the predictor is opened, so that no request waits for a compiler. Nothing of the FM is
+called: what it left behind is read where it lies (PAPER section 1, stage 5).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from loopfm_jax.errors import UserError
+from loopfm_jax.history.reader import Past
+from loopfm_jax.sharding import MeshConfig, make_mesh, split
+from loopfm_jax.vm.student import Student
+from loopfm_jax.vm.train import Examples
+
+BUCKETS = (1, 32, 256, 4096)
+"""Examples of a request: rounded up to one of these."""
+SHARES = (0.25, 0.5, 1.0)
+"""Of the places for tokens, examples times the longest sequence: rounded up to one of these."""
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Call it with row numbers of the prepared log; see `open_predictor`."""
+
+    examples: Examples
+    buckets: tuple[int, ...]
+    state: list[jax.Array]
+    past: Past
+    programs: Mapping[tuple[int, float], Any]
+    """(examples, share) -> compiled (state, batch, past) -> probabilities [B]."""
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """Probabilities of these rows, float32 [rows]; more than the largest bucket in turn.
+
+        Raises:
+          UserError: a row is not of the VM's or a later window.
+        """
+        rows, largest = np.asarray(rows), self.buckets[-1]
+        if not len(rows):
+            return np.zeros(0, np.float32)
+        first, stop = self.examples.inputs.splits["vm"].start, len(self.examples.inputs.log)
+        if rows.min() < first or rows.max() >= stop:
+            raise UserError(
+                f"asked for rows {rows.min()} to {rows.max()}, but those that a vertical model can "
+                f"answer are {first} to {stop - 1}"
+            )
+        found = [self._answer(rows[at : at + largest]) for at in range(0, len(rows), largest)]
+        return np.concatenate([np.asarray(p_B)[:count] for p_B, count in found])
+
+    def _answer(self, rows: np.ndarray) -> tuple[jax.Array, int]:
+        """Dispatched, not waited for."""
+        examples = next(size for size in self.buckets if size >= len(rows))
+        batch = self.examples.batch(rows)
+        share = smallest_share(self.examples, batch, examples)
+        filled = fill(self.examples, batch, examples=examples, share=share)
+        return self.programs[examples, share](self.state, filled, self.past), len(rows)
+
+
+def open_predictor(
+    model: Student, examples: Examples, *, buckets: Sequence[int] = BUCKETS
+) -> Predictor:
+    """Compiles every program of `model` on one device.
+
+    Args:
+      model: as `vm.train.load_vm` reads it.
+      examples: what it was trained on: the prepared log and, for methods that read them,
+        histories, which stay in their memory maps.
+
+    Raises:
+      UserError: a bucket is below 1.
+    """
+    buckets = tuple(sorted(set(buckets)))
+    if not buckets or buckets[0] < 1:
+        raise UserError(f"buckets are {list(buckets)}: name at least one, each at least 1")
+    if examples.join is not None:
+        examples = replace(examples, join=replace(examples.join, residency="host"))
+    mesh = make_mesh(MeshConfig())
+    graphdef, state = nnx.split(model)
+    leaves, tree = jax.tree.flatten(state)  # plain arrays: a call need not walk through the model
+    leaves, past = jax.device_put(leaves, split(mesh)), examples.past(mesh)
+
+    def predict(leaves: list[jax.Array], batch: dict[str, Any], past: Past) -> jax.Array:
+        student = nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
+        return nnx.sigmoid(student(batch, past).logits_B)
+
+    step, one = jax.jit(predict), examples.batch(np.array([examples.inputs.splits["vm"].start]))
+    programs = {
+        (size, share): step.lower(
+            leaves, fill(examples, one, examples=size, share=share), past
+        ).compile()
+        for size in buckets
+        for share in (SHARES if packed(examples, one) else SHARES[:1])
+    }
+    return Predictor(examples, buckets, leaves, past, programs)
+
+
+def packed(examples: Examples, batch: Mapping[str, Any]) -> list[tuple[str, str, int]]:
+    """(kind, name, longest) of all that a batch holds by tokens: histories and behaviours."""
+    join, schema = examples.join, examples.inputs.schema
+    histories = [("slices", key, join.histories.longest) for key in batch.get("slices", {}) if join]
+    return histories + [("events", name, schema[name].length) for name in batch["events"]]
+
+
+def smallest_share(examples: Examples, batch: Mapping[str, Any], size: int) -> float:
+    """The first of SHARES that has room for all tokens of a batch of at most `size` examples."""
+    needed = [
+        int(batch[kind][name]["length_B"].sum()) / (size * longest)
+        for kind, name, longest in packed(examples, batch)
+    ]
+    return next(share for share in SHARES if share >= max(needed, default=0))
+
+
+def fill(
+    examples_of: Examples, batch: Mapping[str, Any], *, examples: int, share: float
+) -> dict[str, Any]:
+    """A batch with so many examples, the last ones padding without any token, and room for that
+    share of their tokens."""
+    parts = packed(examples_of, batch)
+    plain = {name: part for name, part in batch.items() if name not in ("slices", "events")}
+    filled: dict[str, Any] = {name: _grow(part, examples) for name, part in plain.items()}
+    filled |= {kind: {} for kind in ("slices", "events") if kind in batch}
+    for kind, name, longest in parts:
+        slots = -(-math.ceil(examples * longest * share) // 64) * 64
+        filled[kind][name] = {
+            column: _grow(values, examples if column.endswith("_B") else slots)
+            for column, values in batch[kind][name].items()
+        }
+    return filled
+
+
+def _grow(part: Any, size: int) -> Any:
+    """Arrays cut or padded with zeros to `size` rows; what is cut are slots of no token."""
+
+    def grow(values: np.ndarray) -> np.ndarray:
+        grown = np.zeros((size, *values.shape[1:]), values.dtype)
+        grown[: len(values)] = values[:size]
+        return grown
+
+    return jax.tree.map(grow, part)

@@ -1,0 +1,48 @@
+"""Running a model over rows: every result in its place, and a rate without compiling."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from loopfm_jax import infer
+from loopfm_jax.sharding import MeshConfig, make_mesh
+
+
+class Scale(nnx.Module):
+    def __init__(self):
+        self.by = nnx.Param(jnp.full((), 3.0))
+
+
+def run(rows: np.ndarray, *, batch: int) -> tuple[np.ndarray, float]:
+    found = np.full(len(rows), -1.0)
+    rate = infer.run(
+        Scale(),
+        lambda model, batch, constants: {"x": model.by[...] * batch["row_B"] + constants},
+        rows,
+        lambda rows: {"row_B": rows.astype(np.float32)},
+        {"x": found},
+        batch=batch,
+        mesh=make_mesh(MeshConfig()),
+        constants=jnp.ones(()),
+        title="",
+    )
+    return found, rate
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 8])
+def test_every_row_in_its_place(batch):
+    rows = np.array([4, 0, 7, 9, 2])
+    np.testing.assert_array_equal(run(rows, batch=batch)[0], 3 * rows + 1)
+
+
+def test_rate_counts_every_row_after_the_first_batch(monkeypatch):
+    """By a clock that is read at the start, after the first batch and at the end."""
+    clock = SimpleNamespace(monotonic=itertools.count(0, 10).__next__)
+    monkeypatch.setattr(infer, "time", clock)
+    assert run(np.arange(5), batch=2)[1] == (2 + 1) / 10
+    assert math.isnan(run(np.arange(5), batch=8)[1])
