@@ -113,8 +113,8 @@ def train(
         curve = _Curve(len(source), config.order.batch, past)
         with track(title, total=len(source) * config.order.batch, unit="examples") as advance:
             with jax.transfer_guard("disallow"):
-                start = int(jax.device_get(state.step))
-                for n, batch in enumerate(waiting.watch(batches), start=start):
+                done = int(jax.device_get(state.step))
+                for n, batch in enumerate(waiting.watch(batches), start=done):
                     batch = put(batch, mesh)
                     state, numbers = step(state, batch, constants)
                     curve.add(n, numbers)
