@@ -5,11 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from loopfm_jax.bench.rows_structure import (
+from loopfm_jax.bench.structuring import (
     Events,
     call_structure,
     draw_events,
-    measure,
     structure_by_loop,
 )
 from loopfm_jax.history import files, slices
@@ -79,9 +78,3 @@ def test_small_parts_make_the_same_files(tmp_path, monkeypatch, keep):
         call_structure(EVENTS, config, folder, outcome=outcome)
         found.append({p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.npy")})
     assert len(found[0]) == 7 and found[0] == found[1]
-
-
-def test_the_benchmark_measures_what_it_says():
-    row = measure(3000, mean_history=22, loop_events=500, repeats=1)
-    assert row.events == 3000 and 18 < row.mean_history < 26
-    assert row.ratio == row.events_per_s / row.loop_codes_per_s

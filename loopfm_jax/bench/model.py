@@ -63,8 +63,8 @@ def make_subject(spec: Spec) -> Subject:
         OrderConfig(epochs=FOREVER, batch=spec["batch"]), optim, dtype=spec.get("dtype", "float32")
     )
     config = VMConfig(
-        backbone=_from_json(BackboneConfig, spec["backbone"], tables=TableConfig),
-        encoder=_from_json(EncoderConfig, spec.get("encoder", {})),
+        backbone=from_json(BackboneConfig, spec["backbone"], tables=TableConfig),
+        encoder=from_json(EncoderConfig, spec.get("encoder", {})),
         train=train,
     )
     reading, join, method = data.no_reading(), None, "base"
@@ -78,12 +78,12 @@ def make_subject(spec: Spec) -> Subject:
     return Subject(examples, config, mesh, past, spec.get("seed", 0))
 
 
-def _from_json(kind: Callable[..., Any], values: Mapping[str, Any], **parts: Callable) -> Any:
+def from_json(kind: Callable[..., Any], values: Mapping[str, Any], **parts: Callable) -> Any:
     """A flat configuration whose lists are tuples and whose `parts` are configurations."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         if name in parts:
-            found[name] = _from_json(parts[name], value)
+            found[name] = from_json(parts[name], value)
         else:
             found[name] = tuple(value) if isinstance(value, list) else value
     return kind(**found)

@@ -185,6 +185,39 @@ def vm_infer(name: str, backbone: BackboneConfig, *, batch: int, prepare: LogSpe
     )
 
 
+def structure(events: int, mean_history: int) -> Case:
+    """Histories of a whole log, files written, beside a loop over events in plain Python."""
+    spec = {"events": events, "mean_history": mean_history, "loop_events": 100_000}
+    return Case(
+        name=f"structure/history-{mean_history}" + ("" if events < 10**7 else "-10m"),
+        unit="events/s",
+        ours=(EXACT,),
+        peers=(Side("python-loop", spec={"job": "structure-loop"}),),
+        spec={"job": "structure", **spec},
+        prepare=nothing,
+    )
+
+
+def nothing(folder: Path) -> Facts:
+    """Sides generate what they read."""
+    return {}
+
+
+def export(backbone: BackboneConfig, *, batch: int = 4096, prepare: LogSpec = LOG) -> Case:
+    """Logging codes and soft labels, beside predicting alone and the same program at rest."""
+    return Case(
+        name=f"export/{backbone.name}",
+        unit="examples/s",
+        ours=(EXACT,),
+        peers=(
+            Side("forward", spec={"job": "forward"}),
+            Side("forward-and-codes", spec={"job": "forward", "codes": True}),
+        ),
+        spec={"job": "export", "width": 64, **describe(prepare.schema, backbone, batch)},
+        prepare=prepare,
+    )
+
+
 def describe(schema: Schema, backbone: BackboneConfig, batch: int) -> dict[str, Any]:
     """What `bench.model` and the peer build from."""
     return {
@@ -196,6 +229,10 @@ def describe(schema: Schema, backbone: BackboneConfig, batch: int) -> dict[str, 
 
 
 CASES = (
+    structure(1_000_000, 22),
+    structure(1_000_000, 300),
+    structure(10_000_000, 22),
+    export(BARS_DIN),
     fm_train("din-bars", BARS_DIN, peers=(FUXICTR, BF16), same_steps=False),
     fm_train("din-bars-no-dropout", DIN, peers=(FUXICTR, SHIPPED, BF16)),
     fm_train("din-dice-small", DICE, peers=(FUXICTR, BF16), same_steps=False),

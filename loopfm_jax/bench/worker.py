@@ -6,11 +6,22 @@ from pathlib import Path
 import jax
 
 from loopfm_jax.bench.child import PACKAGES, versions
+from loopfm_jax.bench.exporting import Export, Forward
 from loopfm_jax.bench.jobs import Infer, Latency, Train
 from loopfm_jax.bench.limits import Limits
 from loopfm_jax.bench.protocol import serve
+from loopfm_jax.bench.structuring import Structure, StructureLoop
 
-JOBS = {"train": Train, "infer": Infer, "latency": Latency, "limits": Limits}
+JOBS = {
+    "structure": Structure,
+    "structure-loop": StructureLoop,
+    "export": Export,
+    "forward": Forward,
+    "train": Train,
+    "infer": Infer,
+    "latency": Latency,
+    "limits": Limits,
+}
 XLA_CACHE = Path("~/.cache/loopfm_jax/xla")
 
 

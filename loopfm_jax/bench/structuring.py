@@ -1,35 +1,22 @@
-"""Structuring against a plain-Python loop over events: rates of both, and that they agree."""
+"""The row `structure`: histories of a whole log, and a plain-Python loop over its events.
 
-import time
+That they agree is tested (tests/test_structure.py).
+"""
+
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
+from loopfm_jax.bench.protocol import Measured, Spec, timed
 from loopfm_jax.history.slices import SliceConfig
 from loopfm_jax.history.store import Exported, HistoryConfig, structure
 
 DAY_MS = 86_400_000
-
-
-@dataclass(frozen=True)
-class StructureRow:
-    """Rates of whole calls, files written."""
-
-    events: int
-    mean_history: float
-    events_per_s: float
-    cpu_s: float
-    """Of all cores, for all events."""
-    loop_events_per_s: float
-    """The loop, which only names the entries of every history."""
-    loop_codes_per_s: float
-    """The loop, which also gathers their codes."""
-    ratio: float
-    """To the loop with codes: what a model is fed with."""
 
 
 @dataclass(frozen=True)
@@ -105,33 +92,42 @@ def call_structure(
     return facts["keys"]["key"]
 
 
-def measure(
-    events: int, *, mean_history: int, loop_events: int = 100_000, repeats: int = 3
-) -> StructureRow:
-    """The best of several calls, and the loop over some whole keys of the same log."""
-    log = draw_events(events, mean_history=mean_history)
-    config = HistoryConfig(length=100 * mean_history, retention_days=36_500)
-    took, told = [], {}
-    for _ in range(repeats):
-        with TemporaryDirectory() as folder:
-            started, cpu = time.perf_counter(), time.process_time()
-            told = call_structure(log, config, Path(folder))
-            took.append((time.perf_counter() - started, time.process_time() - cpu))
-    few = log.head(max(1, loop_events // (2 * mean_history)))
-    started = time.perf_counter()
-    histories = list(structure_by_loop(few, config))
-    named = time.perf_counter() - started
-    started = time.perf_counter()
-    for rows in histories:
-        np.array([few.codes[row] for row in rows])
-    gathered = named + time.perf_counter() - started
-    rate, count = events / min(wall for wall, _ in took), len(histories)
-    return StructureRow(
-        events,
-        told["mean_length"],
-        rate,
-        min(used for _, used in took),
-        count / named,
-        count / gathered,
-        rate / (count / gathered),
-    )
+class Structure:
+    """Whole calls, files written; a step is the log."""
+
+    def __init__(self, spec: Spec):
+        self._log, self._config = _log(spec)
+        self.facts: dict[str, Any] = {"events": len(self._log.key)}
+
+    def run(self, *, seconds: float, steps: int) -> Measured:
+        told: dict[str, float] = {}
+
+        def step() -> None:
+            with TemporaryDirectory() as folder:
+                told.update(call_structure(self._log, self._config, Path(folder)))
+
+        found = timed(step, lambda: None, seconds=seconds, steps=steps, examples=len(self._log.key))
+        return replace(found, more=told)
+
+
+class StructureLoop:
+    """The plain loop over some whole keys of the same log; their codes gathered as arrays."""
+
+    def __init__(self, spec: Spec):
+        log, self._config = _log(spec)
+        self._log = log.head(max(1, spec["loop_events"] // (2 * spec["mean_history"])))
+        self.facts: dict[str, Any] = {"events": len(self._log.key)}
+
+    def run(self, *, seconds: float, steps: int) -> Measured:
+        def step() -> None:
+            for rows in structure_by_loop(self._log, self._config):
+                np.array([self._log.codes[row] for row in rows])
+
+        return timed(step, lambda: None, seconds=seconds, steps=steps, examples=len(self._log.key))
+
+
+def _log(spec: Spec) -> tuple[Events, HistoryConfig]:
+    """Histories are as long as they come."""
+    mean = spec["mean_history"]
+    config = HistoryConfig(length=100 * mean, retention_days=36_500)
+    return draw_events(spec["events"], mean_history=mean), config

@@ -1,0 +1,98 @@
+"""The row `export`: codes computed, stored and written, beside the forward pass alone."""
+
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from loopfm_jax import memory
+from loopfm_jax.backbones import BackboneConfig
+from loopfm_jax.bench import data
+from loopfm_jax.bench.model import from_json
+from loopfm_jax.bench.protocol import Measured, Spec, timed
+from loopfm_jax.data.schema import Schema
+from loopfm_jax.fm.compressor import CompressorConfig
+from loopfm_jax.fm.exporter import ExportConfig, Exporter, code_width, log_batch, open_writers
+from loopfm_jax.fm.teacher import FMConfig
+from loopfm_jax.fm.train import Lessons
+from loopfm_jax.history.codes import Codec
+from loopfm_jax.loop import put
+from loopfm_jax.sharding import MeshConfig, make_mesh
+from loopfm_jax.tables import TableConfig
+
+
+def make_exporter(spec: Spec) -> tuple[Exporter, np.ndarray]:
+    """An FM that was never trained over a generated log, and the rows of whole batches."""
+    inputs = data.read_log(Path(spec["log"]), Schema.from_json(spec["schema"]))
+    lessons, mesh = Lessons(inputs, None), make_mesh(MeshConfig())
+    fm = FMConfig(
+        backbone=from_json(BackboneConfig, spec["backbone"], tables=TableConfig),
+        compressor=CompressorConfig(width=spec["width"], prefixes=()),
+    )
+    config = ExportConfig(batch=spec["batch"])
+    model = lessons.builder(fm)(nnx.Rngs(0))
+    codecs = {tap: Codec(config.code, code_width(config, fm)) for tap in fm.taps}
+    rows = np.arange(len(inputs.log) // config.batch * config.batch)
+    return Exporter(lessons, model, codecs, mesh, config.batch, None), rows
+
+
+class Export:
+    """Batches made from the log, codes and soft labels in their files; a step is the log."""
+
+    def __init__(self, spec: Spec):
+        memory.keep_freed()
+        self._exporter, self._rows = make_exporter(spec)
+        stored = self._exporter.codecs.values()
+        sizes = [c.columns * np.dtype(c.dtype).itemsize for c in stored]
+        self.facts: dict[str, Any] = {"code_bytes_per_row": sum(sizes)}
+
+    def run(self, *, seconds: float, steps: int) -> Measured:
+        exporter, rows = self._exporter, self._rows
+
+        def step() -> None:
+            with TemporaryDirectory() as folder:
+                writers = open_writers(Path(folder), len(rows), exporter.codecs)
+                exporter.run(rows, writers, title="export")
+
+        return timed(step, lambda: None, seconds=seconds, steps=steps, examples=len(rows))
+
+
+class Forward:
+    """The same FM's predictions over the same batches, which wait on the device.
+
+    `codes` of the spec: with the compressor and the codes, of which nothing is read back.
+    """
+
+    def __init__(self, spec: Spec):
+        memory.keep_freed()
+        exporter, rows = make_exporter(spec)
+        graphdef, self._state = nnx.split(exporter.model)
+        self._constants, size = exporter.constants, exporter.batch
+        self.facts: dict[str, Any] = {"batch": size}
+        self._batches = [
+            put(exporter.lessons.batch(rows[low : low + size]), exporter.mesh)
+            for low in range(0, len(rows), size)
+        ]
+        self._rows, whole = len(rows), bool(spec.get("codes"))
+
+        def step(state: Any, batch: Any, constants: Any) -> Any:
+            logged = log_batch(nnx.merge(graphdef, state), batch, constants)
+            return logged if whole else logged["soft"]
+
+        self._step = jax.jit(step)
+
+    def run(self, *, seconds: float, steps: int) -> Measured:
+        waiting: list[Any] = []
+
+        def over_all() -> None:
+            for batch in self._batches:
+                waiting.append(self._step(self._state, batch, self._constants))
+                if len(waiting) > 2:
+                    jax.block_until_ready(waiting.pop(0))
+
+        finish = partial(jax.block_until_ready, waiting)
+        return timed(over_all, finish, seconds=seconds, steps=steps, examples=self._rows)
