@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from loopfm_jax.svg import INK, RC, SERIES, WIDTH, render, variables
 
@@ -48,21 +49,25 @@ def _ratios(axes: Axes, shown: Sequence[Result]) -> None:
         if not result["ratio"]:
             continue
         low, high = result["ratio_quartiles"]
-        axes.barh(y, result["ratio"], height=0.6, color=COLOURS[result["mode"]])
+        axes.barh(y, result["ratio"] - 1, left=1, height=0.6, color=COLOURS[result["mode"]])
         axes.hlines(y, low, high, color=INK, linewidth=1.4)
         axes.annotate(
-            f"{result['ratio']:.2f}",
-            (max(result["ratio"], high), y),
+            f"{result['ratio']:.2f}" if high < 100 else f"{result['ratio']:.0f}",
+            (max(result["ratio"], high, 1), y),
             (5, 0),
             textcoords="offset points",
             va="center",
         )
     axes.axvline(1, color=INK, linewidth=1, linestyle="--")
-    axes.margins(x=0.14)
-    axes.set_xlim(0)
+    axes.set_xscale("log")
+    known = [r["ratio"] for r in shown if r["ratio"]] or [1.0]
+    axes.set_xlim(min(0.5, 0.8 * min(known)), 2.5 * max(2.0, *known))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1,) if max(known) > 50 else (1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(False, axis="y")
-    axes.tick_params(length=0)
-    axes.set_xlabel("times the peer (dashed: as good as it)")
+    axes.tick_params(length=0, which="both")
+    axes.set_xlabel("times the peer (dashed: alike)")
 
 
 def _shares(axes: Axes, shown: Sequence[Result]) -> None:
@@ -78,4 +83,4 @@ def _shares(axes: Axes, shown: Sequence[Result]) -> None:
     axes.set_xlim(0, 100)
     axes.grid(False, axis="y")
     axes.tick_params(length=0)
-    axes.set_xlabel("% of the measured peak (grey: peer)")
+    axes.set_xlabel("% of peak (grey: peer)")
