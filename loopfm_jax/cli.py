@@ -29,9 +29,8 @@ from loopfm_jax.flow import Flow
 from loopfm_jax.inputs import open_inputs
 from loopfm_jax.progress import say
 from loopfm_jax.sharding import make_mesh
+from loopfm_jax.study import make as studies
 from loopfm_jax.study.analyse import analyse as analyse_codes
-from loopfm_jax.study.make import headline as study_headline
-from loopfm_jax.study.make import make as make_study
 
 DISK = [os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)]
 CONTROLS = ("swapped-histories", "shuffled-labels")
@@ -120,9 +119,9 @@ def run(flow: Flow) -> dict[str, Any]:
 
 def study(flow: Flow) -> dict[str, Any]:
     """the paper's tables: --tables transfers,pooling,.. --seeds 5"""
-    found = make_study(flow.config, command=_command())
+    found = studies.make(flow.config, command=_command())
     say(f"study: {(flow.root / 'study.html').resolve()}")
-    return study_headline(found)
+    return studies.headline(found)
 
 
 def analyse(flow: Flow) -> dict[str, Any]:

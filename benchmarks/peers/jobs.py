@@ -146,8 +146,8 @@ class Train:
             group["fused"] = self._fused
 
 
-class Infer:
-    """Batches one after the other."""
+class Serving:
+    """A twin that only predicts."""
 
     def __init__(self, spec: Spec):
         self._of = Subject(spec)
@@ -155,6 +155,10 @@ class Infer:
         self._of.twin.eval()
         self._losses: list[float] = []
         self._done = 0
+
+
+class Infer(Serving):
+    """Batches one after the other."""
 
     def run(self, *, seconds: float, steps: int) -> Measured:
         of = self._of
@@ -168,15 +172,8 @@ class Infer:
         self._losses.append(predict(self._of, features, label_B))
 
 
-class Latency:
+class Latency(Serving):
     """Requests of one batch each, from tensors to probabilities in numpy."""
-
-    def __init__(self, spec: Spec):
-        self._of = Subject(spec)
-        self.facts = self._of.facts
-        self._of.twin.eval()
-        self._losses: list[float] = []
-        self._done = 0
 
     def run(self, *, seconds: float, steps: int) -> Measured:
         self._losses.clear()

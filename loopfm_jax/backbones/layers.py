@@ -67,8 +67,8 @@ def split(key: Key, count: int) -> list[Key]:
 def dropout(x: jax.Array, rate: float, key: Key) -> jax.Array:
     """Zeroes elements with probability `rate` and scales the others; without a key, identity.
 
-    The rate is rounded to 1/256: one drawn number decides about four elements, which is half of
-    the time of a training step where an MLP runs over tokens.
+    The rate is rounded to 1/256: one drawn number decides about four elements, because drawing
+    is what dropout costs where an MLP runs over tokens (benchmarks/LOG.md).
     """
     kept = round(256 * (1 - rate))
     if key is None or kept == 256:

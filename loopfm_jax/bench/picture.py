@@ -71,7 +71,8 @@ def _ratios(axes: Axes, shown: Sequence[Result]) -> None:
 
 
 def _shares(axes: Axes, shown: Sequence[Result]) -> None:
-    """Ours, and below it the peer's at the same count of operations."""
+    """Ours, and below it the peer's by the same count, which holds what we compute again for the
+    gradient: kinder to the peer than its own."""
     for y, result in enumerate(shown):
         share = result["roofline_share"]
         if not share:
@@ -83,4 +84,4 @@ def _shares(axes: Axes, shown: Sequence[Result]) -> None:
     axes.set_xlim(0, 100)
     axes.grid(False, axis="y")
     axes.tick_params(length=0)
-    axes.set_xlabel("% of peak (grey: peer)")
+    axes.set_xlabel("% of peak by our count (grey: peer)")

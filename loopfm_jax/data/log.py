@@ -78,17 +78,19 @@ class Log:
         A field that has fewer events than another of its group gets padding in the place of those
         that it lacks, the oldest.
         """
-        ends, counts = zip(*(self._slices(name, rows) for name in names), strict=True)
+        columns = {self.schema[name].slices or name: name for name in names}
+        places = {column: self._slices(name, rows) for column, name in columns.items()}
+        counts = [count_B for _, count_B in places.values()]
         length_B = np.minimum(np.maximum.reduce(counts), self.schema[names[0]].length)
-        start_B = np.cumsum(length_B) - length_B
-        rank_T = np.arange(length_B.sum()) - np.repeat(start_B, length_B)
+        rank_T = np.arange(length_B.sum()) - np.repeat(np.cumsum(length_B) - length_B, length_B)
+        index = {c: np.repeat(end_B - 1, length_B) - rank_T for c, (end_B, _) in places.items()}
         ids_TG = np.empty((len(rank_T), len(names)), np.int32)
-        for i, (name, end_B, count_B) in enumerate(zip(names, ends, counts, strict=True)):
-            ids_T = self._values(name, np.repeat(end_B - 1, length_B) - rank_T)
-            whole = np.array_equal(np.minimum(count_B, length_B), length_B)
-            ids_TG[:, i] = (
-                ids_T if whole else np.where(rank_T < np.repeat(count_B, length_B), ids_T, 0)
-            )
+        for i, name in enumerate(names):
+            column = self.schema[name].slices or name
+            ids_TG[:, i] = self._values(name, index[column])
+            count_B = places[column][1]
+            if (count_B < length_B).any():
+                ids_TG[rank_T >= np.repeat(count_B, length_B), i] = 0
         return Events(ids_TG, length_B.astype(np.int32))
 
     def padded(self, name: str, rows: np.ndarray) -> np.ndarray:

@@ -113,7 +113,7 @@ def stable_order(values: np.ndarray) -> np.ndarray:
     """`np.argsort(values, kind="stable")` of int64, at the speed of a plain sort where it can.
 
     Values that leave room for it carry their place in their low bits: numpy sorts plain uint64
-    thirty times faster than it finds an order.
+    much faster than it finds an order.
     """
     bits = len(values).bit_length()
     if not len(values) or int(values.max()) - int(values.min()) >= 1 << (64 - bits):
