@@ -52,16 +52,20 @@ class Predictor:
                 f"asked for rows {rows.min()} to {rows.max()}, but those that a vertical model can "
                 f"answer are {first} to {stop - 1}"
             )
-        found = [self._answer(rows[at : at + largest]) for at in range(0, len(rows), largest)]
-        return np.concatenate([np.asarray(p_B)[:count] for p_B, count in found])
+        parts = [rows[at : at + largest] for at in range(0, len(rows), largest)]
+        found = [self.answer(self.examples.batch(part)) for part in parts]  # all in flight
+        return np.concatenate(
+            [np.asarray(p_B)[: len(part)] for p_B, part in zip(found, parts, strict=True)]
+        )
 
-    def _answer(self, rows: np.ndarray) -> tuple[jax.Array, int]:
-        """Dispatched, not waited for."""
-        examples = next(size for size in self.buckets if size >= len(rows))
-        batch = self.examples.batch(rows)
+    def answer(self, batch: Mapping[str, Any]) -> jax.Array:
+        """A batch as `examples.batch` makes it, of at most the largest bucket -> its bucket's
+        probabilities, the batch's own first. Dispatched, not waited for."""
+        count = len(batch["label_B"])
+        examples = next(size for size in self.buckets if size >= count)
         share = smallest_share(self.examples, batch, examples)
         filled = fill(self.examples, batch, examples=examples, share=share)
-        return self.programs[examples, share](self.state, filled, self.past), len(rows)
+        return self.programs[examples, share](self.state, filled, self.past)
 
 
 def open_predictor(
@@ -124,7 +128,8 @@ def fill(
     """A batch with so many examples, the last ones padding without any token, and room for that
     share of their tokens."""
     parts = packed(examples_of, batch)
-    plain = {name: part for name, part in batch.items() if name not in ("slices", "events")}
+    apart = ("slices", "events", "weight_B")  # nobody weighs a request
+    plain = {name: part for name, part in batch.items() if name not in apart}
     filled: dict[str, Any] = {name: _grow(part, examples) for name, part in plain.items()}
     filled |= {kind: {} for kind in ("slices", "events") if kind in batch}
     for kind, name, longest in parts:

@@ -54,3 +54,5 @@ HISTORIES = rows.vm_train(
     histories=HistorySpec(length=6, mean=3, width=4, entries=100),
     prepare=LOG,
 )
+ENCODER = rows.encoder(0.3, batch=32, width=8, length=6, entries=200)
+TABLES = rows.tables(5_000, few=500, batch=64, log=LOG)

@@ -9,8 +9,9 @@ import bench_cases
 import pytest
 
 from loopfm_jax import cli
-from loopfm_jax.bench import make, rows
+from loopfm_jax.bench import make, rows, spec
 from loopfm_jax.bench.child import ROOT, Child, Failed, ours
+from loopfm_jax.serve import SHARES
 
 KEYS = {
     "name", "mode", "dtype", "value", "unit", "peer", "peer_value", "ratio", "roofline_share",
@@ -24,7 +25,7 @@ def tiny(monkeypatch):
     """`tiny(*cases)` makes them the only rows."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # one device, as users
 
-    def use(*cases: rows.Case) -> None:
+    def use(*cases: spec.Case) -> None:
         monkeypatch.setattr(rows, "CASES", cases)
         monkeypatch.setattr(make, "LIMITS", bench_cases.LIMITS)
 
@@ -62,7 +63,7 @@ def test_command_writes_json_card_and_picture(tiny, capsys, tmp_path):
         assert result.keys() >= KEYS and result["name"] in card
         assert result["value"] > 0 and result["valid"]
     assert trained["ratio"] > 0 and trained["rounds"] == 2
-    assert asked["ratio"] is None and asked["programs"] == 1
+    assert asked["ratio"] is None and asked["programs"] == len(SHARES)
     (written,) = tmp_path.glob("*.json")
     assert json.loads(written.read_text()) == found
     assert written.with_suffix(".svg").read_text().startswith("<svg")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.data.schema import Behaviour, Schema
+from loopfm_jax.history.encoders import EncoderConfig, spec_of
 
 
 def forward(schema: Schema, config: BackboneConfig, *, tokens: float, pairs: float) -> float:
@@ -88,6 +89,17 @@ def dmin(config: BackboneConfig, wide: int, tokens: float, pairs: float) -> floa
         refiner = tokens * (chain(wide, 3 * wide) + chain(wide, wide) + chain(wide, 2 * wide, wide))
         refiner += pairs * 4 * wide
     return refiner + attend + config.heads * own
+
+
+def encoder(
+    config: EncoderConfig, width: int, *, tokens: float, pairs: float, remat: bool = False
+) -> float:
+    """FLOPs of one example's training step of an attention encoder over codes of `width` numbers,
+    with a query of the same."""
+    told = spec_of(config)
+    deep = INTERESTS[config.name](told.config, config.width, tokens, pairs)
+    shallow = (tokens + 1) * chain(width, config.width)
+    return 3 * (deep + shallow) + (deep if remat else 0)
 
 
 INTERESTS = {"din": din, "dien": dien, "dmin": dmin}

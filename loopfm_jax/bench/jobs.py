@@ -7,6 +7,7 @@ Training and inference assemble every host batch inside the timed loop, as `loop
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -14,10 +15,13 @@ import numpy as np
 from flax import nnx
 
 from loopfm_jax import loop, memory
+from loopfm_jax.bench.data import write_log
 from loopfm_jax.bench.model import FOREVER, Subject, make_subject, save_weights
 from loopfm_jax.bench.protocol import Measured, Spec, timed, timed_each
 from loopfm_jax.data.batches import Batch, GlobalBatches, iterate
+from loopfm_jax.data.schema import Schema
 from loopfm_jax.optim import make_optimiser
+from loopfm_jax.serve import open_predictor
 
 REQUESTS = 16
 """Different requests that a latency row asks in turn."""
@@ -78,6 +82,17 @@ class Train:
             self._losses.append(float(jax.device_get(self._waiting.pop()["logloss"])))
 
 
+class Grown(Train):
+    """The same over a log that is generated here: sides whose tables differ cannot share one."""
+
+    def __init__(self, spec: Spec):
+        schema = Schema.from_json(spec["schema"])
+        with TemporaryDirectory() as folder:
+            log = Path(folder) / "log.npz"
+            write_log(log, schema, rows=spec["log_rows"], fill=spec["fill"])
+            super().__init__({**spec, "log": str(log)})
+
+
 class Predict:
     """A trained model as it serves: batch -> click probabilities."""
 
@@ -132,27 +147,27 @@ class Infer:
 
 
 class Latency:
-    """Requests of one batch each, from host arrays to host probabilities."""
+    """Requests of one batch each, from host arrays to host probabilities, as `serve` answers."""
 
     def __init__(self, spec: Spec):
-        self._predict = Predict(spec)
-        self.facts = self._predict.facts
-        batches = _batches(self._predict.subject)
+        subject, graphdef, state, _, _ = _start(spec)
+        self.facts, self._size = _facts(subject, state), subject.config.train.order.batch
+        model = nnx.merge(graphdef, state.params, state.rest)
+        self._predictor = open_predictor(model, subject.examples, buckets=(self._size,))
+        batches = _batches(subject)
         self._requests = [next(batches) for _ in range(REQUESTS)]
         self._losses: list[float] = []
         self._asked = 0
 
     def run(self, *, seconds: float, steps: int) -> Measured:
-        size = self._predict.subject.config.train.order.batch
         self._losses.clear()
-        found = timed_each(self._one, seconds=seconds, steps=steps, examples=size)
-        return replace(
-            found, losses=tuple(self._losses[:REQUESTS]), more={"programs": self._predict.programs}
-        )
+        found = timed_each(self._one, seconds=seconds, steps=steps, examples=self._size)
+        programs = {"programs": len(self._predictor.programs)}
+        return replace(found, losses=tuple(self._losses[:REQUESTS]), more=programs)
 
     def _one(self) -> None:
         batch = self._requests[self._asked % REQUESTS]
-        probability_B = np.asarray(jax.device_get(self._predict(batch)))
+        probability_B = np.asarray(self._predictor.answer(batch))
         if self._asked < REQUESTS:
             self._losses.append(entropy(probability_B, batch["label_B"]))
         self._asked += 1

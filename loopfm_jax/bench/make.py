@@ -21,6 +21,7 @@ from loopfm_jax.bench import picture, report, rows
 from loopfm_jax.bench.case import Bench, run_case
 from loopfm_jax.bench.child import PACKAGES, ROOT, Child, Failed, find_python, ours, versions
 from loopfm_jax.bench.config import BenchConfig
+from loopfm_jax.bench.spec import Case
 from loopfm_jax.errors import UserError
 from loopfm_jax.progress import say
 from loopfm_jax.report import finite, replace_file
@@ -82,7 +83,7 @@ def make(config: BenchConfig, *, command: str) -> dict[str, Any]:
     return found
 
 
-def _run(case: rows.Case, bench: Bench) -> list[dict[str, Any]]:
+def _run(case: Case, bench: Bench) -> list[dict[str, Any]]:
     started = time.monotonic()
     try:
         found = run_case(case, bench)
@@ -98,7 +99,7 @@ def _run(case: rows.Case, bench: Bench) -> list[dict[str, Any]]:
     return found
 
 
-def _cases(wanted: tuple[str, ...]) -> tuple[rows.Case, ...]:
+def _cases(wanted: tuple[str, ...]) -> tuple[Case, ...]:
     try:
         return rows.choose(rows.CASES, wanted)
     except KeyError as error:

@@ -73,7 +73,7 @@ def make_subject(spec: Spec) -> Subject:
         reading, join = data.join_histories(inputs, histories)
         method = "loopfm"
     examples = Examples(inputs, find_method(method), reading, None, join)
-    mesh = make_mesh(MeshConfig())
+    mesh = make_mesh(MeshConfig(*spec.get("mesh", (1, 1))))
     past = examples.past(mesh)
     return Subject(examples, config, mesh, past, spec.get("seed", 0))
 

@@ -4,81 +4,19 @@ To add a row: a job for our side in `worker.JOBS` (and for a peer in `benchmarks
 a `Case` here. All that a side is told is JSON: the case's `spec`, what `prepare` wrote, its own.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import asdict, replace
+from typing import Any
 
 from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.bench import flops
 from loopfm_jax.bench.child import TUNED
-from loopfm_jax.bench.data import HistorySpec, write_log
+from loopfm_jax.bench.data import HistorySpec
+from loopfm_jax.bench.encoding import lengths
 from loopfm_jax.bench.public import PUBLIC
+from loopfm_jax.bench.spec import Case, Check, Facts, LogSpec, Side, nothing
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.history.encoders import EncoderConfig
 from loopfm_jax.optim import OptimConfig
-
-Facts = dict[str, Any]
-Mode = Literal["exact", "fast"]
-
-
-@dataclass(frozen=True)
-class Side:
-    """One process of a case."""
-
-    name: str
-    mode: Mode = "exact"
-    """`fast`: the arithmetic of the updates differs from the public reference."""
-    worker: Literal["ours", "fuxictr"] = "ours"
-    spec: Mapping[str, Any] = field(default_factory=dict)
-    """On top of the case's."""
-    env: Mapping[str, str] = field(default_factory=dict)
-    dtype: str = "float32"
-
-
-@dataclass(frozen=True)
-class Check:
-    """The first losses agree, else the row is invalid."""
-
-    steps: int = 4
-    """1 where only the start can agree: random masks, other updates, other statistics."""
-    tolerance: float = 1e-3
-    """Relative; ten times that for a peer in bfloat16."""
-
-
-@dataclass(frozen=True)
-class LogSpec:
-    """Writes the examples of `data.write_log`; the same one is written once."""
-
-    schema: Schema
-    rows: int = 65_536
-    """16 batches of 4,096: 50 MB of ids as int32, and the table rows they touch."""
-    fill: float = 0.58
-
-    def __call__(self, folder: Path) -> Facts:
-        path = folder / "log.npz"
-        return {"log": str(path), **write_log(path, self.schema, rows=self.rows, fill=self.fill)}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row, of which every side of ours is compared with every peer."""
-
-    name: str
-    """`<row>/<what>`."""
-    unit: str
-    ours: tuple[Side, ...]
-    peers: tuple[Side, ...]
-    """The first is the reference."""
-    spec: Mapping[str, Any]
-    prepare: Callable[[Path], Facts]
-    flops: Callable[[Facts], float] | None = None
-    """Facts of `prepare` -> FLOPs of an example."""
-    check: Check | None = None
-    more_is_better: bool = True
-    seconds: float | None = None
-    """Of a slice; default: the command's."""
-
 
 REMAT = True
 """Whether the backbones' attention is computed again in the backward pass."""
@@ -199,11 +137,6 @@ def structure(events: int, mean_history: int) -> Case:
     )
 
 
-def nothing(folder: Path) -> Facts:
-    """Sides generate what they read."""
-    return {}
-
-
 def export(backbone: BackboneConfig, *, batch: int = 4096, prepare: LogSpec = LOG) -> Case:
     """Logging codes and soft labels, beside predicting alone and the same program at rest."""
     return Case(
@@ -216,6 +149,97 @@ def export(backbone: BackboneConfig, *, batch: int = 4096, prepare: LogSpec = LO
         ),
         spec={"job": "export", "width": 64, **describe(prepare.schema, backbone, batch)},
         prepare=prepare,
+    )
+
+
+def encoder(
+    fill: float, *, batch: int = 4096, width: int = 64, length: int = 50, entries: int = 1_000_000
+) -> Case:
+    """The DMIN encoder over histories full by `fill`, packed beside padded."""
+    config = EncoderConfig("dmin", width=width, heads=4)
+    spec = {"batch": batch, "width": width, "length": length, "entries": entries, "fill": fill}
+    length_N = lengths(spec).astype(float)
+    tokens, pairs = length_N.mean(), (length_N * (length_N + 1) / 2).mean()
+    count = flops.encoder(config, width, tokens=tokens, pairs=pairs, remat=REMAT)
+    return Case(
+        name=f"encoder/dmin-{fill:.0%}-full",
+        unit="examples/s",
+        ours=(Side("loopfm", spec={"layout": "packed"}),),
+        peers=(Side("padded", spec={"layout": "padded"}),),
+        spec={"job": "encode", "encoder": asdict(config), **spec},
+        prepare=nothing,
+        flops=lambda _: count,
+        check=Check(),
+    )
+
+
+def tables(rows: int, *, few: int = 1_000_000, batch: int = 4096, log: LogSpec = LOG) -> Case:
+    """Steps of DeepFM whose tables hold so many rows in all, beside the same with few. Rows start
+    as zeros, as drawing them would take more memory than they do."""
+    backbone = replace(BARS_DEEPFM, tables=replace(BARS_DEEPFM.tables, width=16, init_std=0.0))
+    sides = {n: {"schema": grow(log.schema, n).to_json()} for n in (few, rows)}
+    return Case(
+        name=f"tables/{rows // 10**6}m-rows",
+        unit="examples/s",
+        ours=(replace(FAST, spec={**FAST.spec, **sides[rows]}),),
+        peers=(Side(f"{few // 10**6}m-rows", "fast", spec={**FAST.spec, **sides[few]}),),
+        spec={
+            **describe(log.schema, backbone, batch),
+            "job": "train-grown",
+            "log_rows": log.rows,
+            "fill": log.fill,
+        },
+        prepare=nothing,
+    )
+
+
+def grow(schema: Schema, rows: int) -> Schema:
+    """Every field's vocabulary times the same, so that all tables together hold about `rows`."""
+    by = rows / schema.table_rows
+    return replace(
+        schema, fields=tuple(replace(f, rows=max(2, round(by * f.rows))) for f in schema.fields)
+    )
+
+
+def devices(count: int, *, backbone: BackboneConfig = DIN, batch: int = 4096) -> Case:
+    """One process with so many simulated devices on the same cores, tables split by rows over all,
+    beside one device: what sharding costs, and nothing about how it scales."""
+    backbone = replace(backbone, tables=replace(backbone.tables, row_multiple=128))
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}", "NPROC": "32"}
+    return Case(
+        name=f"tables/{count}-devices",
+        unit="examples/s",
+        ours=(Side("loopfm", env=flags, spec={"mesh": (count, 1)}),),
+        peers=(Side("one-device"),),
+        spec={"job": "train", **describe(LOG.schema, backbone, batch)},
+        prepare=LOG,
+        check=Check(),
+    )
+
+
+def compress(inputs: int = 896, *, width: int = 64, batch: int = 4096) -> Case:
+    """Activations to int4 codes, beside codes that stay float32."""
+    count = flops.chain(inputs, 128, width)
+    return Case(
+        name="compress/int4",
+        unit="rows/s",
+        ours=(Side("loopfm", spec={"code": "int4"}),),
+        peers=(Side("float32-codes", spec={"code": "fp32"}),),
+        spec={"job": "compress", "inputs": inputs, "width": width, "batch": batch},
+        prepare=nothing,
+        flops=lambda _: count,
+    )
+
+
+def read_codes(*, width: int = 32, batch: int = 65_536, entries: int = 2_000_000) -> Case:
+    """Codes of random rows as numbers again, beside a store of float32, eight times its size."""
+    return Case(
+        name="compress/read-int4",
+        unit="rows/s",
+        ours=(Side("loopfm", spec={"code": "int4"}),),
+        peers=(Side("float32-store", spec={"code": "fp32"}),),
+        spec={"job": "read", "width": width, "batch": batch, "entries": entries},
+        prepare=nothing,
     )
 
 
@@ -240,6 +264,12 @@ CASES = (
     fm_train("dmin-bars", BARS_DMIN, batch=2048, peers=(FUXICTR, BF16), same_steps=False),
     fm_train("dien-bars", BARS_DIEN, batch=2048, same_steps=False),
     *(fm_train(f"din-width-{by:g}", scaled(DIN, by)) for by in (0.25, 0.5, 2)),
+    *(encoder(fill) for fill in (0.13, 0.3, 1.0)),
+    tables(10_000_000),
+    tables(100_000_000),
+    devices(8),
+    compress(),
+    read_codes(),
     vm_train("loopfm-sum", EncoderConfig("sum")),
     vm_train("loopfm-dmin", EncoderConfig("dmin", heads=4)),
     *(

@@ -6,8 +6,10 @@ from pathlib import Path
 import jax
 
 from loopfm_jax.bench.child import PACKAGES, versions
+from loopfm_jax.bench.compressing import Compress, Read
+from loopfm_jax.bench.encoding import Encode
 from loopfm_jax.bench.exporting import Export, Forward
-from loopfm_jax.bench.jobs import Infer, Latency, Train
+from loopfm_jax.bench.jobs import Grown, Infer, Latency, Train
 from loopfm_jax.bench.limits import Limits
 from loopfm_jax.bench.protocol import serve
 from loopfm_jax.bench.structuring import Structure, StructureLoop
@@ -18,6 +20,10 @@ JOBS = {
     "export": Export,
     "forward": Forward,
     "train": Train,
+    "train-grown": Grown,
+    "encode": Encode,
+    "compress": Compress,
+    "read": Read,
     "infer": Infer,
     "latency": Latency,
     "limits": Limits,

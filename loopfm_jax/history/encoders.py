@@ -126,7 +126,7 @@ class Attentive(nnx.Module):
             if deep
             else None
         )
-        self.interest = kind(_spec(config), ENTRIES, rngs=rngs)
+        self.interest = kind(spec_of(config), ENTRIES, rngs=rngs)
         self.outputs = self.interest.width
 
     def _see(self, value_TX: jax.Array, query_BQ: jax.Array, tokens: Tokens) -> Seen:
@@ -147,7 +147,7 @@ class Attentive(nnx.Module):
 ENTRIES = Behaviour(("candidate",), ("entries",))
 
 
-def _spec(config: EncoderConfig) -> Spec:
+def spec_of(config: EncoderConfig) -> Spec:
     """An encoder as the backbones are told of a behaviour: entries of the encoder's width."""
     return Spec(
         BackboneConfig(
