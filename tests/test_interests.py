@@ -150,21 +150,24 @@ def test_scores_by_block_are_those_of_all_at_once(rate, monkeypatch):
     scores = noisy(lambda rngs: Scores(config, M, rngs=rngs, dtype=jnp.float32))
     graphdef, params = nnx.split(scores)
     seen = make_seen(make_padded(), spare=2)  # 12 slots
-    query_TM = seen.tokens.spread(seen.target_BM)
     key = jax.random.key(0) if rate else None
 
-    def loss(params, events_TM, key):
-        found_T = nnx.merge(graphdef, params)(query_TM, events_TM, seen.tokens, key=key)
+    def score(params, target_BM, events_TM, key):
+        query = lambda tokens: tokens.spread(target_BM)  # noqa: E731
+        return nnx.merge(graphdef, params)(query, events_TM, seen.tokens, key=key)
+
+    def loss(*args):
+        found_T = score(*args)
         return jnp.sin(found_T).sum(), found_T
 
-    run = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
-    blocks = run(params, seen.events_TM, key)
-    repeated = jnp.tile(seen.events_TM[:1], (12, 1))
-    tiled = nnx.merge(graphdef, params)(query_TM[:1].repeat(12, 0), repeated, seen.tokens, key=key)
+    given = params, seen.target_BM, seen.events_TM
+    blocks = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*given, key)
+    alike = params, jnp.tile(seen.target_BM[:1], (B, 1)), jnp.tile(seen.events_TM[:1], (12, 1))
+    tiled = score(*alike, key)
     assert (len(np.unique(np.round(tiled, 5))) > 1) == (rate > 0)
     if not rate:
         monkeypatch.setattr(attention, "BLOCK", 2048)
-        whole = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, seen.events_TM, key)
+        whole = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*given, key)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), blocks, whole)
 
 

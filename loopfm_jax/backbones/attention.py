@@ -48,35 +48,50 @@ class Scores(nnx.Module):
         seen_TX = jnp.concatenate([events_TM, query_TM * events_TM, query_TM], axis=1)
         return seen_TX @ kernel_XW + bias_W.astype(self.dtype)[None]
 
-    def __call__(
-        self, query_TM: jax.Array, events_TM: jax.Array, tokens: Tokens, *, key: Key
+    def score(
+        self, tokens: Tokens, query_TM: jax.Array, events_TM: jax.Array, *, key: Key
     ) -> jax.Array:
-        def score(query_TM: jax.Array, events_TM: jax.Array, real_T: jax.Array, key: Key):
-            first_TW = self.first_layer(query_TM, events_TM)
-            return self.mlp.after_first(first_TW, key=key, mask=real_T)[-1][:, 0]
+        """Of a part of the tokens; statistics of a batch need all of them at once."""
+        first_TW = self.first_layer(query_TM, events_TM)
+        return self.mlp.after_first(first_TW, key=key, mask=tokens.real_T)[-1][:, 0]
 
-        # Statistics of a batch need all of its tokens at once.
-        run = score if self.mlp.dice else by_block(score)
-        return run(query_TM, events_TM, tokens.real_T, key)
+    def by_block(self, f: Callable[..., Any]) -> Callable[..., Any]:
+        """As the function of that name, if the scores of a part do not depend on the rest."""
+        return f if self.mlp.dice else by_block(f)
+
+    def __call__(
+        self,
+        query: Callable[[Tokens], jax.Array],
+        events_TM: jax.Array,
+        tokens: Tokens,
+        *,
+        key: Key,
+    ) -> jax.Array:
+        """query: tokens -> what their events are scored for, [T,M]."""
+
+        def score(tokens: Tokens, events_TM: jax.Array, *, key: Key) -> jax.Array:
+            return self.score(tokens, query(tokens), events_TM, key=key)
+
+        return self.by_block(score)(tokens, events_TM, key=key)
 
 
-def by_block(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`f(*per_token, key)` over BLOCK tokens at a time, computed again for the gradient.
+def by_block(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f(tokens, *per_token, key=..)` over BLOCK tokens at a time, computed again for the gradient.
 
     On CPU only: what a block needs stays in the cache, and memory does not grow with T. An
     accelerator wants the large products, and few tokens are one block anyway.
     """
 
-    def run(*args: Any) -> jax.Array:
-        *per_token, key = args
-        slots = len(per_token[0])
+    def run(tokens: Tokens, *per_token: jax.Array, key: Key) -> Any:
+        slots = len(tokens.real_T)
         if jax.default_backend() != "cpu" or slots % BLOCK or slots == BLOCK:
-            return f(*per_token, key)
+            return f(tokens, *per_token, key=key)
         count = slots // BLOCK
-        blocks = [x.reshape(count, BLOCK, *x.shape[1:]) for x in per_token]
+        blocks = jax.tree.map(lambda x: x.reshape(count, BLOCK, *x.shape[1:]), (tokens, *per_token))
         keys = None if key is None else jax.random.split(key, count)
-        found = jax.lax.map(lambda at: jax.checkpoint(f)(*at), (*blocks, keys))
-        return found.reshape(slots, *found.shape[2:])
+        part = jax.checkpoint(lambda at, key: f(*at, key=key))
+        found = jax.lax.map(lambda at: part(*at), (blocks, keys))
+        return jax.tree.map(lambda x: x.reshape(slots, *x.shape[2:]), found)
 
     return run
 

@@ -75,7 +75,7 @@ class DIEN(Interest):
     def weigh(self, seen: Seen, *, key: Key) -> Weighed:
         tokens = seen.tokens
         states_TM, _ = self.extraction(seen.events_TM, tokens)
-        score_T = self.scores(tokens.spread(seen.target_BM), states_TM, tokens, key=key)
+        score_T = self.scores(lambda at: at.spread(seen.target_BM), states_TM, tokens, key=key)
         return [(tokens.softmax(score_T), states_TM)]
 
     def __call__(self, seen: Seen, *, key: Key) -> jax.Array:

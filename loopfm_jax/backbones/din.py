@@ -27,7 +27,7 @@ class DIN(Interest):
 
     def weigh(self, seen: Seen, *, key: Key) -> Weighed:
         tokens = seen.tokens
-        score_T = self.scores(tokens.spread(seen.target_BM), seen.events_TM, tokens, key=key)
+        score_T = self.scores(lambda at: at.spread(seen.target_BM), seen.events_TM, tokens, key=key)
         weight_T = tokens.softmax(score_T) if self.softmax else jnp.where(tokens.real_T, score_T, 0)
         return [(weight_T, seen.events_TM)]
 

@@ -65,10 +65,16 @@ class Head(nnx.Module):
         key: Key,
     ) -> tuple[jax.Array, jax.Array]:
         """The weight of every event [T], and the events as this head sees them [T,M]."""
-        out_key, score_key = split(key, 2)
-        head_TM = self.forward(events_TM + dropout(self.out(seen_TD), self.rate, out_key))
-        query = self.query(target_BM, tokens) if self.query else tokens.spread(target_BM)
-        score_T = self.scores(query, head_TM, tokens, key=score_key)
+
+        def see(
+            tokens: Tokens, events_TM: jax.Array, seen_TD: jax.Array, *, key: Key
+        ) -> tuple[jax.Array, jax.Array]:
+            out_key, score_key = split(key, 2)
+            head_TM = self.forward(events_TM + dropout(self.out(seen_TD), self.rate, out_key))
+            query = self.query(target_BM, tokens) if self.query else tokens.spread(target_BM)
+            return self.scores.score(tokens, query, head_TM, key=score_key), head_TM
+
+        score_T, head_TM = self.scores.by_block(see)(tokens, events_TM, seen_TD, key=key)
         return tokens.softmax(score_T), head_TM
 
 

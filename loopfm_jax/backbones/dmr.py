@@ -25,6 +25,7 @@ from loopfm_jax.backbones.behaviours import Interest, Seen, Weighed
 from loopfm_jax.backbones.config import Spec
 from loopfm_jax.backbones.layers import Key, dense, split
 from loopfm_jax.data.schema import Behaviour
+from loopfm_jax.packing import Tokens
 from loopfm_jax.tables import PrivateTable
 
 
@@ -43,8 +44,9 @@ class Match(nnx.Module):
     def __call__(self, seen: Seen, *, key: Key) -> jax.Array:
         tokens = seen.tokens
         query_LM = jax.nn.relu(self.query(self.position_LP[...]))
-        score_T = self.scores(query_LM[tokens.column_T], seen.events_TM, tokens, key=key)
-        past_BM = pool([(tokens.softmax(score_T), seen.events_TM)], tokens)
+        events_TM = seen.events_TM
+        score_T = self.scores(lambda at: query_LM[at.column_T], events_TM, tokens, key=key)
+        past_BM = pool([(tokens.softmax(score_T), events_TM)], tokens)
         user_BM = jax.nn.relu(self.user(past_BM))
         rows = self.table(seen.ids)
         item_BM = jnp.concatenate([rows[name] for name in self.target], axis=1)
@@ -62,8 +64,10 @@ class DMR(Interest):
         self.match = Match(spec, pair, rngs=rngs) if config.u2i else None
 
     def weigh(self, seen: Seen, *, key: Key) -> Weighed:
-        query_TM = jax.nn.relu(self.query(seen.target_BM, seen.tokens))
-        score_T = self.scores(query_TM, seen.events_TM, seen.tokens, key=key)
+        def query(tokens: Tokens) -> jax.Array:
+            return jax.nn.relu(self.query(seen.target_BM, tokens))
+
+        score_T = self.scores(query, seen.events_TM, seen.tokens, key=key)
         return [(seen.tokens.softmax(score_T), seen.events_TM)]
 
     def __call__(self, seen: Seen, *, key: Key) -> jax.Array:
