@@ -61,6 +61,18 @@ class LogSpec:
 
 
 @dataclass(frozen=True)
+class PreparedSpec(LogSpec):
+    """The same as a prepared log too; by default 64 blocks: more than caches hold."""
+
+    rows: int = 262_144
+
+    def __call__(self, folder: Path) -> Facts:
+        from loopfm_jax.bench.feeding import write_prepared  # TFDS takes a second to import
+
+        return write_prepared(folder, self.schema, rows=self.rows, fill=self.fill)
+
+
+@dataclass(frozen=True)
 class Case:
     """One row, of which every side of ours is compared with every peer."""
 
@@ -87,7 +99,7 @@ FUXICTR = Side("fuxictr", worker="fuxictr", env=TUNED)
 SHIPPED = Side("fuxictr-shipped", worker="fuxictr")
 BF16 = Side("fuxictr-bf16", worker="fuxictr", env=TUNED, spec={"autocast": True}, dtype="bfloat16")
 TAOBAO = PUBLIC["TaobaoAd_x1"]
-LOG = LogSpec(TAOBAO.schema)
+LOG, PREPARED = LogSpec(TAOBAO.schema), PreparedSpec(TAOBAO.schema)
 HISTORIES = HistorySpec()
 OPTIM = OptimConfig(embedding_l2=5e-6)
 FAST = Side("loopfm", "fast", spec={"optim": {**asdict(OPTIM), "tables": "rowwise_adagrad"}})
@@ -219,6 +231,43 @@ def export(backbone: BackboneConfig, *, batch: int = 4096, prepare: LogSpec = LO
     )
 
 
+def feed(
+    residency: str, *, order: str = "time", batch: int = 4096, prepare: PreparedSpec = PREPARED
+) -> Case:
+    """Host batches from a prepared log, beside FuxiCTR's loader of a whole file or of blocks."""
+    loader = {"loader": "whole" if residency == "memory" else "blocks"}
+    return Case(
+        name=f"input/{residency}" + ("" if order == "time" else f"-{order}"),
+        unit="examples/s",
+        ours=(EXACT,),
+        peers=(replace(FUXICTR, spec=loader),),
+        spec={
+            "job": "feed",
+            "schema": prepare.schema.to_json(),
+            "batch": batch,
+            "residency": residency,
+            "order": order,
+        },
+        prepare=prepare,
+        check=Check(tolerance=1e-9) if order == "time" else None,
+    )
+
+
+def size(where: str, *, prepare: PreparedSpec = PREPARED) -> Case:
+    """Bytes of a row on disk or in memory, beside FuxiCTR's two formats."""
+    formats = ("npz", "parquet") if where == "disk" else ("npz",)
+    return Case(
+        name=f"input/bytes-{where}",
+        unit="bytes/row",
+        ours=(EXACT,),
+        peers=tuple(replace(FUXICTR, name=f"fuxictr-{f}", spec={"format": f}) for f in formats),
+        spec={"job": "bytes", "schema": prepare.schema.to_json(), "where": where},
+        prepare=prepare,
+        more_is_better=False,
+        seconds=0.0,
+    )
+
+
 def describe(schema: Schema, backbone: BackboneConfig, batch: int) -> dict[str, Any]:
     """What `bench.model` and the peer build from."""
     return {
@@ -234,6 +283,11 @@ CASES = (
     structure(1_000_000, 300),
     structure(10_000_000, 22),
     export(BARS_DIN),
+    feed("memory"),
+    feed("blocks"),
+    feed("blocks", order="mixed"),
+    size("disk"),
+    size("memory"),
     fm_train("din-bars", BARS_DIN, peers=(FUXICTR, BF16), same_steps=False),
     fm_train("din-bars-no-dropout", DIN, peers=(FUXICTR, SHIPPED, BF16)),
     fm_train("din-dice-small", DICE, peers=(FUXICTR, BF16), same_steps=False),

@@ -7,6 +7,7 @@ import jax
 
 from loopfm_jax.bench.child import PACKAGES, versions
 from loopfm_jax.bench.exporting import Export, Forward
+from loopfm_jax.bench.feeding import Bytes, Feed
 from loopfm_jax.bench.jobs import Infer, Latency, Train
 from loopfm_jax.bench.limits import Limits
 from loopfm_jax.bench.protocol import serve
@@ -17,6 +18,8 @@ JOBS = {
     "structure-loop": StructureLoop,
     "export": Export,
     "forward": Forward,
+    "feed": Feed,
+    "bytes": Bytes,
     "train": Train,
     "infer": Infer,
     "latency": Latency,

@@ -35,6 +35,8 @@ from loopfm_jax.history.codes import Codec
 from loopfm_jax.history.reader import Past
 
 RIDGE = 1e-3
+ORDER = "shuffled"
+"""How a day is learned."""
 
 
 def run(
@@ -99,7 +101,7 @@ def _learn(
 ) -> Exporter:
     """The checkpoint after one pass over these rows, and how its codes are taken."""
     lessons, folder = first.lessons, directory / f"day_{day}"
-    order = OrderConfig(order="shuffled", epochs=1, batch=fm_config.train.order.batch)
+    order = OrderConfig(order=ORDER, epochs=1, batch=fm_config.train.order.batch)
     held = config.refresh == "anchored"
     weight, anchors = (config.anchor, _codes(first, rows)) if held else (0.0, {})
 
