@@ -3,6 +3,7 @@
 from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.bench import rows
 from loopfm_jax.bench.data import HistorySpec
+from loopfm_jax.bench.input_rows import PreparedSpec, input_rows
 from loopfm_jax.bench.rows import LogSpec
 from loopfm_jax.data.schema import Behaviour, Field, Numeric, Schema
 from loopfm_jax.tables import TableConfig
@@ -54,3 +55,5 @@ HISTORIES = rows.vm_train(
     histories=HistorySpec(length=6, mean=3, width=4, entries=100),
     prepare=LOG,
 )
+PREPARED = PreparedSpec(SCHEMA, rows=4396)
+INPUT = input_rows(PREPARED, batch=64)

@@ -4,100 +4,32 @@ To add a row: a job for our side in `worker.JOBS` (and for a peer in `benchmarks
 a `Case` here. All that a side is told is JSON: the case's `spec`, what `prepare` wrote, its own.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.bench import flops
-from loopfm_jax.bench.child import TUNED
-from loopfm_jax.bench.data import HistorySpec, write_log
+from loopfm_jax.bench.data import HistorySpec
+from loopfm_jax.bench.input_rows import PreparedSpec, input_rows
 from loopfm_jax.bench.public import PUBLIC
+from loopfm_jax.bench.terms import (
+    BF16,
+    EXACT,
+    FUXICTR,
+    SHIPPED,
+    Case,
+    Check,
+    Facts,
+    LogSpec,
+    Side,
+)
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.history.encoders import EncoderConfig
 from loopfm_jax.optim import OptimConfig
 
-Facts = dict[str, Any]
-Mode = Literal["exact", "fast"]
-
-
-@dataclass(frozen=True)
-class Side:
-    """One process of a case."""
-
-    name: str
-    mode: Mode = "exact"
-    """`fast`: the arithmetic of the updates differs from the public reference."""
-    worker: Literal["ours", "fuxictr"] = "ours"
-    spec: Mapping[str, Any] = field(default_factory=dict)
-    """On top of the case's."""
-    env: Mapping[str, str] = field(default_factory=dict)
-    dtype: str = "float32"
-
-
-@dataclass(frozen=True)
-class Check:
-    """The first losses agree, else the row is invalid."""
-
-    steps: int = 4
-    """1 where only the start can agree: random masks, other updates, other statistics."""
-    tolerance: float = 1e-3
-    """Relative; ten times that for a peer in bfloat16."""
-
-
-@dataclass(frozen=True)
-class LogSpec:
-    """Writes the examples of `data.write_log`; the same one is written once."""
-
-    schema: Schema
-    rows: int = 65_536
-    """16 batches of 4,096: 50 MB of ids as int32, and the table rows they touch."""
-    fill: float = 0.58
-
-    def __call__(self, folder: Path) -> Facts:
-        path = folder / "log.npz"
-        return {"log": str(path), **write_log(path, self.schema, rows=self.rows, fill=self.fill)}
-
-
-@dataclass(frozen=True)
-class PreparedSpec(LogSpec):
-    """The same as a prepared log too; by default 64 blocks: more than caches hold."""
-
-    rows: int = 262_144
-
-    def __call__(self, folder: Path) -> Facts:
-        from loopfm_jax.bench.feeding import write_prepared  # TFDS takes a second to import
-
-        return write_prepared(folder, self.schema, rows=self.rows, fill=self.fill)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One row, of which every side of ours is compared with every peer."""
-
-    name: str
-    """`<row>/<what>`."""
-    unit: str
-    ours: tuple[Side, ...]
-    peers: tuple[Side, ...]
-    """The first is the reference."""
-    spec: Mapping[str, Any]
-    prepare: Callable[[Path], Facts]
-    flops: Callable[[Facts], float] | None = None
-    """Facts of `prepare` -> FLOPs of an example."""
-    check: Check | None = None
-    more_is_better: bool = True
-    seconds: float | None = None
-    """Of a slice; default: the command's."""
-
-
 REMAT = True
 """Whether the backbones' attention is computed again in the backward pass."""
-EXACT = Side("loopfm")
-FUXICTR = Side("fuxictr", worker="fuxictr", env=TUNED)
-SHIPPED = Side("fuxictr-shipped", worker="fuxictr")
-BF16 = Side("fuxictr-bf16", worker="fuxictr", env=TUNED, spec={"autocast": True}, dtype="bfloat16")
 TAOBAO = PUBLIC["TaobaoAd_x1"]
 LOG, PREPARED = LogSpec(TAOBAO.schema), PreparedSpec(TAOBAO.schema)
 HISTORIES = HistorySpec()
@@ -231,43 +163,6 @@ def export(backbone: BackboneConfig, *, batch: int = 4096, prepare: LogSpec = LO
     )
 
 
-def feed(
-    residency: str, *, order: str = "time", batch: int = 4096, prepare: PreparedSpec = PREPARED
-) -> Case:
-    """Host batches from a prepared log, beside FuxiCTR's loader of a whole file or of blocks."""
-    loader = {"loader": "whole" if residency == "memory" else "blocks"}
-    return Case(
-        name=f"input/{residency}" + ("" if order == "time" else f"-{order}"),
-        unit="examples/s",
-        ours=(EXACT,),
-        peers=(replace(FUXICTR, spec=loader),),
-        spec={
-            "job": "feed",
-            "schema": prepare.schema.to_json(),
-            "batch": batch,
-            "residency": residency,
-            "order": order,
-        },
-        prepare=prepare,
-        check=Check(tolerance=1e-9) if order == "time" else None,
-    )
-
-
-def size(where: str, *, prepare: PreparedSpec = PREPARED) -> Case:
-    """Bytes of a row on disk or in memory, beside FuxiCTR's two formats."""
-    formats = ("npz", "parquet") if where == "disk" else ("npz",)
-    return Case(
-        name=f"input/bytes-{where}",
-        unit="bytes/row",
-        ours=(EXACT,),
-        peers=tuple(replace(FUXICTR, name=f"fuxictr-{f}", spec={"format": f}) for f in formats),
-        spec={"job": "bytes", "schema": prepare.schema.to_json(), "where": where},
-        prepare=prepare,
-        more_is_better=False,
-        seconds=0.0,
-    )
-
-
 def describe(schema: Schema, backbone: BackboneConfig, batch: int) -> dict[str, Any]:
     """What `bench.model` and the peer build from."""
     return {
@@ -283,11 +178,7 @@ CASES = (
     structure(1_000_000, 300),
     structure(10_000_000, 22),
     export(BARS_DIN),
-    feed("memory"),
-    feed("blocks"),
-    feed("blocks", order="mixed"),
-    size("disk"),
-    size("memory"),
+    *input_rows(PREPARED),
     fm_train("din-bars", BARS_DIN, peers=(FUXICTR, BF16), same_steps=False),
     fm_train("din-bars-no-dropout", DIN, peers=(FUXICTR, SHIPPED, BF16)),
     fm_train("din-dice-small", DICE, peers=(FUXICTR, BF16), same_steps=False),

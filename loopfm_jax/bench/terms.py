@@ -1,0 +1,77 @@
+"""What a row of `loopfm bench` is: a case, its sides, its check, what they read."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from loopfm_jax.bench.child import TUNED
+from loopfm_jax.bench.data import write_log
+from loopfm_jax.data.schema import Schema
+
+Facts = dict[str, Any]
+Mode = Literal["exact", "fast"]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One process of a case."""
+
+    name: str
+    mode: Mode = "exact"
+    """`fast`: the arithmetic of the updates differs from the public reference."""
+    worker: Literal["ours", "fuxictr"] = "ours"
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    """On top of the case's."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Check:
+    """The first losses agree, else the row is invalid."""
+
+    steps: int = 4
+    """1 where only the start can agree: random masks, other updates, other statistics."""
+    tolerance: float = 1e-3
+    """Relative; ten times that for a peer in bfloat16."""
+
+
+@dataclass(frozen=True)
+class LogSpec:
+    """Writes the examples of `data.write_log`; the same one is written once."""
+
+    schema: Schema
+    rows: int = 65_536
+    """16 batches of 4,096: 50 MB of ids as int32, and the table rows they touch."""
+    fill: float = 0.58
+
+    def __call__(self, folder: Path) -> Facts:
+        path = folder / "log.npz"
+        return {"log": str(path), **write_log(path, self.schema, rows=self.rows, fill=self.fill)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row, of which every side of ours is compared with every peer."""
+
+    name: str
+    """`<row>/<what>`."""
+    unit: str
+    ours: tuple[Side, ...]
+    peers: tuple[Side, ...]
+    """The first is the reference."""
+    spec: Mapping[str, Any]
+    prepare: Callable[[Path], Facts]
+    flops: Callable[[Facts], float] | None = None
+    """Facts of `prepare` -> FLOPs of an example."""
+    check: Check | None = None
+    more_is_better: bool = True
+    seconds: float | None = None
+    """Of a slice; default: the command's."""
+
+
+EXACT = Side("loopfm")
+FUXICTR = Side("fuxictr", worker="fuxictr", env=TUNED)
+SHIPPED = Side("fuxictr-shipped", worker="fuxictr")
+BF16 = Side("fuxictr-bf16", worker="fuxictr", env=TUNED, spec={"autocast": True}, dtype="bfloat16")
