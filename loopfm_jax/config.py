@@ -59,7 +59,8 @@ class Config:
     log_residency: LogResidency = "auto"
     """Where the prepared log waits for training and inference: whole in `memory`, or in its
     `blocks` on disk, of which some dozens are decoded at a time. `auto`: in memory while it takes a
-    quarter of it. Batches are the same; orders are `time` and `mixed`, no full permutation."""
+    quarter of it, or where `order` is `shuffled`, a full permutation, which needs that; `mixed`
+    does not. Batches are the same."""
     workdir: Path = Path("runs/default")
     """Where everything is written."""
     force: bool = False

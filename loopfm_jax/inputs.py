@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loopfm_jax.data.batches import Batch
+from loopfm_jax.data.batches import Batch, Order
 from loopfm_jax.data.log import Events, Log, LogResidency, load
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.errors import UserError
@@ -46,14 +46,6 @@ class Inputs:
             },
         }
 
-    def check_order(self, order: str) -> None:
-        """Raises UserError where a full permutation would read every block at every step."""
-        if order == "shuffled" and self.log.blocks is not None:
-            raise UserError(
-                "a full permutation (order shuffled) needs the log in memory, but it waits in its "
-                "blocks: use order mixed (--fm.train.order.order mixed), or --log-residency memory"
-            )
-
 
 def _budgeted(events: Events, longest: int) -> Batch:
     slots = budget(events.length_B, longest=longest)
@@ -63,7 +55,12 @@ def _budgeted(events: Events, longest: int) -> Batch:
 
 
 def open_inputs(
-    directory: Path, *, reader: str, behaviours: bool, residency: LogResidency = "auto"
+    directory: Path,
+    *,
+    reader: str,
+    behaviours: bool,
+    residency: LogResidency = "auto",
+    order: Order = "time",
 ) -> Inputs:
     """Opens a prepared log for the `fm` or the `vm` (which does not see FM-only columns).
 
@@ -72,7 +69,19 @@ def open_inputs(
       reader: `fm` or `vm`.
       behaviours: whether the model reads sequences of earlier events.
       residency: where the log waits.
+      order: how its rows will be walked over; a full permutation needs memory.
+
+    Raises:
+      UserError: it is to wait in its blocks, of which a full permutation would read every one at
+        every step.
     """
+    if order == "shuffled":
+        if residency == "blocks":
+            raise UserError(
+                "a full permutation (order shuffled) needs the log in memory, but it waits in its "
+                "blocks: use order mixed (--fm.train.order.order mixed), or --log-residency memory"
+            )
+        residency = "memory"
     log, splits = load(directory, residency=residency)
     schema = log.schema if reader == "fm" else log.schema.for_vm()
     log = log.select(schema if behaviours else schema.without_behaviours())

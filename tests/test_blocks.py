@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loopfm_jax import memory
+from loopfm_jax.config import Config
 from loopfm_jax.data import batches, blocks, builder, log
 from loopfm_jax.data.batches import GlobalBatches, Mixture, OrderConfig, iterate
 from loopfm_jax.data.blocks import Blocks
 from loopfm_jax.data.prepare import prepare
 from loopfm_jax.data.synthetic import Synthetic
 from loopfm_jax.errors import UserError
+from loopfm_jax.flow import Flow
 from loopfm_jax.inputs import Inputs, open_inputs
 
 ROWS = 64
@@ -198,13 +200,17 @@ def test_ids_of_rows_that_rise(folder, monkeypatch):
     np.testing.assert_array_equal(found, whole.log.ids_of(rows, names))
 
 
-def test_a_full_permutation_needs_memory(folder):
-    whole, read = both(folder)
+def test_a_full_permutation_needs_memory(folder, monkeypatch):
+    def opened(residency, order) -> Inputs:
+        return open_inputs(folder, reader="fm", behaviours=True, residency=residency, order=order)
+
+    monkeypatch.setattr(memory, "host_bytes", lambda: 0)
     for order in ("time", "mixed"):
-        read.check_order(order)
-    whole.check_order("shuffled")
+        assert opened("auto", order).log.blocks is not None
+    for residency in ("auto", "memory"):
+        assert opened(residency, "shuffled").log.blocks is None
     with pytest.raises(UserError, match="--fm.train.order.order mixed"):
-        read.check_order("shuffled")
+        opened("blocks", "shuffled")
 
 
 def test_a_log_that_is_cut_otherwise_is_refused(folder, monkeypatch):
@@ -229,3 +235,36 @@ def test_prepared_ahead_is_a_window_where_rows_are_mixed(small_blocks):
     assert ahead(batch=8) == ahead(batch=8, order="shuffled") == 2
     assert ahead(batch=8, order="mixed") == 3 * ROWS // 8
     assert ahead(batch=1, order="mixed") == 64 and ahead(batch=999, order="mixed") == 2
+
+
+def test_a_run_from_blocks_gives_the_same_models_and_tells_the_wait(small_blocks, loopfm):
+    loopfm.succeed("prepare")
+    mixed = ("--fm.train.order.order", "mixed")
+    curves, files = [], []
+    for where in ("memory", "blocks"):
+        for command in ("train-fm", "export", "train-vm"):
+            force = ("--force",) if where == "blocks" else ()
+            loopfm.succeed(command, "--log-residency", where, *mixed, *force)
+        manifest = json.loads((loopfm.workdir / "fm/teacher/manifest.json").read_text())
+        curves.append(manifest["facts"]["curve"])
+        assert 0 <= manifest["measured"]["wait_share"] <= 1
+        names = ("fm/export/soft.npy", "vm/base/seed_0/prediction.npy")
+        files.append([np.load(loopfm.workdir / name) for name in names])
+    assert curves[0] == curves[1] and len(curves[0]) > 5
+    chex.assert_trees_all_equal(*files)
+
+
+def test_what_needs_the_whole_log_is_refused(small_blocks, loopfm):
+    loopfm.succeed("prepare")
+    blocks_only = ("--log-residency", "blocks")
+    told = loopfm.fail(loopfm.argv("train-fm", *blocks_only, "--fm.train.order.order", "shuffled"))
+    assert "use order mixed" in told
+    loopfm.succeed("train-fm", *blocks_only)  # in time order
+    told = loopfm.fail(loopfm.argv("export", *blocks_only, "--export.refresh", "fresh"))
+    assert "--log-residency memory" in told
+
+
+def test_where_the_log_waits_makes_no_other_stage():
+    here, there = (Flow(Config(log_residency=where)) for where in ("memory", "blocks"))
+    assert here._train_fm == there._train_fm
+    assert here._train_vm("base", 0, "own") == there._train_vm("base", 0, "own")

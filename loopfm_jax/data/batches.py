@@ -19,6 +19,7 @@ import numpy as np
 from loopfm_jax.data.blocks import BLOCK_ROWS, WINDOW_BLOCKS
 from loopfm_jax.errors import UserError
 
+Order = Literal["time", "shuffled", "mixed"]
 AHEAD, MOST_AHEAD = 2, 64
 Batch = dict[str, Any]
 """Arrays [B, ...] by name; histories are nested by key."""
@@ -29,7 +30,7 @@ Assemble = Callable[[np.ndarray], Batch]
 class OrderConfig:
     """How training walks over its window."""
 
-    order: Literal["time", "shuffled", "mixed"] = "time"
+    order: Order = "time"
     """`time`: the paper's streaming protocol; `shuffled`: a new permutation every epoch; `mixed`:
     the same for logs larger than memory, blocks permuted and the rows of 16 of them together."""
     epochs: int = 1

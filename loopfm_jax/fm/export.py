@@ -40,9 +40,8 @@ def export(
       log_residency: where the log waits.
     """
     facts = stages.verify(fm)["facts"]
-    lessons = open_lessons(data, fm_config, history, residency, log_residency)
-    if config.refresh != "fixed":
-        lessons.inputs.check_order(refresh.ORDER)
+    order = "time" if config.refresh == "fixed" else refresh.ORDER
+    lessons = open_lessons(data, fm_config, history, residency, log_residency, order)
     model = checkpoint.load_model(
         lessons.builder(fm_config), fm, mesh, pretrained=lessons.inputs.log.pretrained
     )

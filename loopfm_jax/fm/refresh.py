@@ -27,7 +27,7 @@ import numpy as np
 from flax import nnx
 
 from loopfm_jax import checkpoint, loop
-from loopfm_jax.data.batches import OrderConfig
+from loopfm_jax.data.batches import Order, OrderConfig
 from loopfm_jax.fm.exporter import ExportConfig, Exporter
 from loopfm_jax.fm.teacher import FMConfig, Teacher, loss
 from loopfm_jax.fm.train import sample
@@ -35,7 +35,7 @@ from loopfm_jax.history.codes import Codec
 from loopfm_jax.history.reader import Past
 
 RIDGE = 1e-3
-ORDER = "shuffled"
+ORDER: Order = "shuffled"
 """How a day is learned."""
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from loopfm_jax import checkpoint, infer, loop, stages
+from loopfm_jax.data.batches import Order
 from loopfm_jax.data.log import LogResidency
 from loopfm_jax.fm.compressor import Projection
 from loopfm_jax.fm.teacher import FMConfig, Teacher, loss
@@ -53,10 +54,16 @@ def open_lessons(
     history: Path | None = None,
     residency: Residency = "auto",
     log_residency: LogResidency = "auto",
+    order: Order = "time",
 ) -> Lessons:
     """The prepared log `data` as the teacher reads it, with the histories of a first round."""
-    behaviours = config.backbone.reads_behaviours
-    inputs = open_inputs(data, reader="fm", behaviours=behaviours, residency=log_residency)
+    inputs = open_inputs(
+        data,
+        reader="fm",
+        behaviours=config.backbone.reads_behaviours,
+        residency=log_residency,
+        order=order,
+    )
     if history is None:
         return Lessons(inputs, None)
     facts = stages.verify(history)["facts"]
@@ -94,8 +101,9 @@ def train_fm(
       residency: where these wait.
       log_residency: where the log waits.
     """
-    lessons = open_lessons(data, config, history, residency, log_residency)
-    lessons.inputs.check_order(config.train.order.order)
+    lessons = open_lessons(
+        data, config, history, residency, log_residency, config.train.order.order
+    )
     rows = known_rows(lessons.inputs, before=first_unseen(lessons.inputs, span))
     assemble = lessons.batch if labels == "true" else _shuffled(lessons, rows, seed)
     past = lessons.past(mesh)

@@ -89,6 +89,7 @@ def open_examples(sources: Sources, config: VMConfig, method: Method) -> Example
         reader="vm",
         behaviours=config.backbone.reads_behaviours,
         residency=sources.log_residency,
+        order=config.train.order.order,
     )
     folders = [folder for folder in (sources.export, sources.history) if folder]
     facts = [stages.verify(folder)["facts"] for folder in folders]
@@ -160,7 +161,6 @@ def train_vm(
 
     Writes the model and prediction.npy [rows of the holdout] into `directory`.
     """
-    examples.inputs.check_order(config.train.order.order)
     past = examples.past(mesh)
     trained = loop.train(
         loop.Trainable(_builder(examples, config), partial(Student.loss, config=config.distil)),
