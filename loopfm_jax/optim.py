@@ -105,8 +105,8 @@ def _fast(config: OptimConfig, steps: int) -> Optimiser:
             ids[name], by_rows[name], scratch[name] = rows.merge(
                 found.ids[name], found.rows[name], state.scratch[name]
             )
-            touched = table.at[ids[name]].get(mode="fill", fill_value=0)
-            by_rows[name] += config.embedding_l2 * touched
+            once_N1 = (ids[name] < len(table))[:, None]
+            by_rows[name] += config.embedding_l2 * jnp.where(once_N1, found.looked_up[name], 0)
         before: Any = dense, tables
         by_dense, _ = decay.update(found.dense, decay.init(dense), dense)
         clipped: Any = clip.update((by_dense, by_rows), clip.init(before), before)[0]

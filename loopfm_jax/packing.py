@@ -95,7 +95,9 @@ def pack(end_B: jax.Array, length_B: jax.Array, *, slots: int, longest: int) -> 
     """Packs histories `store[end - length : end]` into `slots` >= sum(length) slots."""
     stop_B = jnp.cumsum(length_B)
     slot_T = jnp.arange(slots, dtype=jnp.int32)
-    segment_T = jnp.searchsorted(stop_B, slot_T, side="right", method="sort").astype(jnp.int32)
+    # How many examples stop at or before a slot; a binary search per slot or a sort is dearer.
+    stops_T = jnp.zeros(slots, jnp.int32).at[stop_B].add(1, mode="drop")
+    segment_T = jnp.cumsum(stops_T, dtype=jnp.int32)
     real_T = slot_T < stop_B[-1]
     example_T = jnp.minimum(segment_T, len(end_B) - 1)
     rank_T = jnp.where(real_T, slot_T - (stop_B - length_B)[example_T], 0)

@@ -51,6 +51,8 @@ class Gradient(NamedTuple):
     """[N,E]."""
     ids: Arrays
     """[N] int32."""
+    looked_up: Arrays
+    """[N,E], the rows themselves."""
     aux: Any
 
 
@@ -93,7 +95,7 @@ def gradient(
         return run(dense, replay)
 
     (by_dense, by_rows), aux = jax.grad(objective, argnums=(0, 1), has_aux=True)(dense, rows)
-    return Gradient(by_dense, by_rows, ids, aux)
+    return Gradient(by_dense, by_rows, ids, rows, aux)
 
 
 def _rows(table_VE: jax.Array, ids: jax.Array) -> jax.Array:

@@ -168,8 +168,18 @@ class Embedder(nnx.Module):
                 f.frozen_width, config.width, use_bias=False, kernel_init=kernel, rngs=rngs
             )
 
-    def _fields(self, *, frozen: bool) -> list[Field]:
-        return [f for f in self.schema.fields if bool(f.frozen_width) == frozen]
+    def _trained(self, ids: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Rows of every field that is not frozen. Those of fields that are read side by side stand
+        side by side, so that whoever wants them together ([T,M]) finds them so."""
+        columns = [[f.name for f in self.schema.categorical], *self.schema.groups.values()]
+        trained = [[n for n in names if not self.schema[n].frozen_width] for names in columns]
+        trained = [names for names in trained if names]
+        rows = self.table.gather([jnp.stack([ids[n] for n in names], axis=1) for names in trained])
+        return {
+            name: row_XE
+            for names, rows_XGE in zip(trained, rows, strict=True)
+            for name, row_XE in zip(names, _side_by_side(rows_XGE), strict=True)
+        }
 
     def _frozen(self, f: Field, ids: jax.Array) -> jax.Array:
         rows = self.frozen[f.shares or f.name][...][ids]
@@ -189,9 +199,9 @@ class Embedder(nnx.Module):
             for i, name in enumerate(names):
                 ids[name] = found["ids_TG"][:, i]
                 tokens[name] = replace(slots, real_T=slots.real_T & (ids[name] > 0))
-        embedded = {f.name: self._frozen(f, ids[f.name]) for f in self._fields(frozen=True)}
-        trained = [f.name for f in self._fields(frozen=False)]
-        embedded |= zip(trained, self.table.gather([ids[n] for n in trained]), strict=True)
+        frozen = [f for f in schema.fields if f.frozen_width]
+        embedded = {f.name: self._frozen(f, ids[f.name]) for f in frozen}
+        embedded |= self._trained(ids)
         numeric = {}
         if self.numeric_NE is not None:
             numeric_BNE = batch["floats_BN"][:, :, None] * self.numeric_NE[...][None]
@@ -203,6 +213,12 @@ class Embedder(nnx.Module):
             sequences={f.name: embedded[f.name] for f in schema.sequences},
             tokens=tokens,
         )
+
+
+def _side_by_side(rows_XGE: jax.Array) -> list[jax.Array]:
+    """G times [X,E], as parts of one matrix: the compiler sees that concatenated they are it."""
+    slots, count, _ = rows_XGE.shape
+    return jnp.split(rows_XGE.reshape(slots, -1), count, axis=1)
 
 
 def blank(schema: Schema) -> dict[str, Any]:
