@@ -57,7 +57,7 @@ def choose(flow: Flow) -> Report:
 
 
 def _choose(flow: Flow, candidates: list[tuple[str, float]]) -> Report:
-    log, splits = load(flow.data)
+    log, splits = load(flow.data, residency="blocks")
     label = log["label"][splits["validation"]].astype(np.float64)
     base = _predictions(flow, "base", 1.0)
     trials = []

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from loopfm_jax.data.bars_sets import AmazonElectronicsX1, KuaiVideoX1, TaobaoAdX1
 from loopfm_jax.data.kuairand import KuaiRandPure
+from loopfm_jax.data.log import LogResidency
 from loopfm_jax.data.raw import Holdout
 from loopfm_jax.data.synthetic import Synthetic
 from loopfm_jax.data.tabular import TabularLog
@@ -55,6 +56,11 @@ class Config:
     """Judge VMs on this window; `validation` leaves the test window alone (for choices)."""
     study: StudyConfig = field(default_factory=StudyConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    log_residency: LogResidency = "auto"
+    """Where the prepared log waits for training and inference: whole in `memory`, or in its
+    `blocks` on disk, of which some dozens are decoded at a time. `auto`: in memory while it takes a
+    quarter of it, or where `order` is `shuffled`, a full permutation, which needs that; `mixed`
+    does not. Batches are the same."""
     workdir: Path = Path("runs/default")
     """Where everything is written."""
     force: bool = False

@@ -194,6 +194,7 @@ class Flow:
                 span=stage.config["span"],
                 history=self._read_by_teacher.get("history"),
                 residency=self.config.history.residency,
+                log_residency=self.config.log_residency,
             )
 
         return self.make(stage, work)
@@ -210,6 +211,7 @@ class Flow:
                 directory=directory,
                 history=self._read_by_teacher.get("history"),
                 residency=self.config.history.residency,
+                log_residency=self.config.log_residency,
             )
 
         return self.make(self._export, work)
@@ -218,7 +220,7 @@ class Flow:
         config = self.config.history
 
         def work(directory: Path) -> Report:
-            log, _ = load(self.data)
+            log, _ = load(self.data, residency="blocks")  # of which nothing wide is read
             exported = open_export(self.exported, stages.verify(self.exported)["facts"])
             rows = slice(exported.facts["first"], len(log))
             return structure(
@@ -262,6 +264,7 @@ class Flow:
             tap=stage.config["tap"],
             raw=stage.config["raw"] or (),
             residency=self.config.history.residency,
+            log_residency=self.config.log_residency,
             swap=histories == "swapped",
         )
         found = find_method(method, side=self.config.history.side)

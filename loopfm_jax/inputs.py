@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from loopfm_jax.data.batches import Batch
-from loopfm_jax.data.log import Events, Log, load
+from loopfm_jax.data.batches import Batch, Order
+from loopfm_jax.data.log import Events, Log, LogResidency, load
 from loopfm_jax.data.schema import Schema
+from loopfm_jax.errors import UserError
 from loopfm_jax.history.slices import SliceConfig, slices
 from loopfm_jax.packing import budget
 
@@ -33,13 +34,14 @@ class Inputs:
     def batch(self, rows: np.ndarray) -> Batch:
         """`ids_BF`, `floats_BN`, `label_B` of the given row numbers, and `events` by group of
         sequences: `ids_TG`, filled up to a token budget, and `length_B`."""
-        floats = self.log.columns.get("floats")
+        log, rows = self.log.near(rows)
+        floats = log.columns.get("floats")
         return {
-            "ids_BF": self.log["ids"][rows],
+            "ids_BF": log["ids"][rows],
             "floats_BN": np.zeros((len(rows), 0), np.float32) if floats is None else floats[rows],
-            "label_B": self.log["label"][rows].astype(np.float32),
+            "label_B": log["label"][rows].astype(np.float32),
             "events": {
-                group: _budgeted(self.log.events(names, rows), self.schema[group].length)
+                group: _budgeted(log.events(names, rows), self.schema[group].length)
                 for group, names in self.schema.groups.items()
             },
         }
@@ -52,15 +54,35 @@ def _budgeted(events: Events, longest: int) -> Batch:
     return {"ids_TG": ids_TG, "length_B": events.length_B}
 
 
-def open_inputs(directory: Path, *, reader: str, behaviours: bool) -> Inputs:
+def open_inputs(
+    directory: Path,
+    *,
+    reader: str,
+    behaviours: bool,
+    residency: LogResidency = "auto",
+    order: Order = "time",
+) -> Inputs:
     """Opens a prepared log for the `fm` or the `vm` (which does not see FM-only columns).
 
     Args:
       directory: a prepared log.
       reader: `fm` or `vm`.
       behaviours: whether the model reads sequences of earlier events.
+      residency: where the log waits.
+      order: how its rows will be walked over; a full permutation needs memory.
+
+    Raises:
+      UserError: it is to wait in its blocks, of which a full permutation would read every one at
+        every step.
     """
-    log, splits = load(directory)
+    if order == "shuffled":
+        if residency == "blocks":
+            raise UserError(
+                "a full permutation (order shuffled) needs the log in memory, but it waits in its "
+                "blocks: use order mixed (--fm.train.order.order mixed), or --log-residency memory"
+            )
+        residency = "memory"
+    log, splits = load(directory, residency=residency)
     schema = log.schema if reader == "fm" else log.schema.for_vm()
     log = log.select(schema if behaviours else schema.without_behaviours())
     return Inputs(_with_past(log), splits)
@@ -79,9 +101,8 @@ def _with_past(log: Log) -> Log:
         query_time=log["time"],
         config=SliceConfig(length=made[0].length, retention_days=365 * 100),
     )
-    names = [f.name for f in log.schema.categorical]
-    entries, offsets = positive[past.order], log.schema.offsets
-    ids = {f.name: log["ids"][entries, names.index(f.shares or f.name)] for f in made}
+    ids_PG = log.ids_of(positive, [f.shares or f.name for f in made])[past.order]
+    offsets = log.schema.offsets
     return replace(
         log,
         columns={
@@ -89,5 +110,8 @@ def _with_past(log: Log) -> Log:
             f"{made[0].slices}/end": past.end,
             f"{made[0].slices}/length": past.length,
         },
-        sequences={**log.sequences, **{n: v - np.int32(offsets[n]) for n, v in ids.items()}},
+        sequences={
+            **log.sequences,
+            **{f.name: ids_PG[:, i] - np.int32(offsets[f.name]) for i, f in enumerate(made)},
+        },
     )

@@ -1,6 +1,7 @@
 """Memory of the host process."""
 
 import ctypes
+import os
 
 MMAP_MAX, TRIM_THRESHOLD = -4, -1
 
@@ -16,3 +17,8 @@ def keep_freed() -> None:
     if set_option is not None:
         set_option(MMAP_MAX, 0)
         set_option(TRIM_THRESHOLD, 2**31 - 1)
+
+
+def host_bytes() -> int:
+    """Memory of the machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -22,7 +22,7 @@ CONTROL_METHOD = "loopfm"
 def collect(flow: Flow, *, command: str = "") -> Report:
     """The report of a run whose stages are complete."""
     config = flow.config
-    log, splits = load(flow.data)
+    log, splits = load(flow.data, residency="blocks")
     judged = splits[config.holdout]
     label, key = log["label"][judged].astype(np.float64), log["key"][judged]
     found = {row: resolve(flow, row) for row in rows(config)}

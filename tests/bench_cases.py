@@ -3,6 +3,7 @@
 from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.bench import rows
 from loopfm_jax.bench.data import HistorySpec
+from loopfm_jax.bench.input_rows import PreparedSpec, input_rows
 from loopfm_jax.bench.rows import LogSpec
 from loopfm_jax.data.schema import Behaviour, Field, Numeric, Schema
 from loopfm_jax.tables import TableConfig
@@ -56,3 +57,5 @@ HISTORIES = rows.vm_train(
 )
 ENCODER = rows.encoder(0.3, batch=32, width=8, length=6, entries=200)
 TABLES = rows.tables(5_000, few=500, batch=64, log=LOG)
+PREPARED = PreparedSpec(SCHEMA, rows=4396)
+INPUT = input_rows(PREPARED, batch=64)

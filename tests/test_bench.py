@@ -9,7 +9,7 @@ import bench_cases
 import pytest
 
 from loopfm_jax import cli
-from loopfm_jax.bench import make, rows, spec
+from loopfm_jax.bench import make, rows, terms
 from loopfm_jax.bench.child import ROOT, Child, Failed, ours
 from loopfm_jax.serve import SHARES
 
@@ -25,7 +25,7 @@ def tiny(monkeypatch):
     """`tiny(*cases)` makes them the only rows."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # one device, as users
 
-    def use(*cases: spec.Case) -> None:
+    def use(*cases: terms.Case) -> None:
         monkeypatch.setattr(rows, "CASES", cases)
         monkeypatch.setattr(make, "LIMITS", bench_cases.LIMITS)
 

@@ -1,20 +1,34 @@
 """The jobs of rows that are not about a model's steps, at a size at which rates mean nothing."""
 
+from pathlib import Path
+
 import bench_cases
 import numpy as np
 import pytest
 
 from loopfm_jax.bench import flops
 from loopfm_jax.bench.data import draw_lengths
-from loopfm_jax.bench.rows import compress, devices, export, grow, nothing, read_codes, structure
+from loopfm_jax.bench.feeding import COMPARED, content
+from loopfm_jax.bench.rows import (
+    CASES,
+    choose,
+    compress,
+    devices,
+    export,
+    grow,
+    nothing,
+    read_codes,
+    structure,
+)
 from loopfm_jax.bench.worker import JOBS
 from loopfm_jax.history.encoders import EncoderConfig, spec_of
+from loopfm_jax.inputs import open_inputs
 
 
-def started(case, folder):
-    """Jobs by side."""
-    facts = case.prepare(folder)
-    sides = (*case.ours, *case.peers)
+def started(case, folder, facts=None):
+    """Jobs by side; those in FuxiCTR's interpreter are left out."""
+    facts = case.prepare(folder) if facts is None else facts
+    sides = [s for s in (*case.ours, *case.peers) if s.worker == "ours"]
     return {s.name: JOBS[(spec := {**case.spec, **facts, **s.spec})["job"]](spec) for s in sides}
 
 
@@ -77,3 +91,63 @@ def test_codes_take_half_a_byte_a_number(tmp_path):
     ours, plain = started(read_codes(width=8, batch=16, entries=50), tmp_path).values()
     assert 8 * ours.facts["store_bytes"] == plain.facts["store_bytes"] == 50 * 8 * 4
     assert plain.run(seconds=0, steps=3).examples == 48
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """What the rows `input` read."""
+    return bench_cases.PREPARED(tmp_path_factory.mktemp("input"))
+
+
+def test_the_rows_input_are_memory_and_blocks_with_the_same_content_and_bytes():
+    cases = choose(CASES, ("input",))
+    assert [c.name.removeprefix("input/") for c in cases] == [
+        "memory", "blocks", "blocks-mixed", "bytes-disk", "bytes-memory",
+    ]  # fmt: skip
+    assert len({c.prepare for c in cases}) == 1  # written once
+    assert [c.check is not None for c in cases] == [True, True, False, False, False]
+    assert [c.more_is_better for c in cases] == [True, True, True, False, False]
+    assert {p.spec["loader"] for c in cases[1:3] for p in c.peers} == {"blocks"}
+    assert [p.spec["format"] for p in cases[3].peers] == ["npz", "parquet"]
+
+
+def test_batches_from_blocks_have_the_content_of_those_in_memory(tmp_path, written):
+    told = {}
+    for case in bench_cases.INPUT[:3]:
+        (job,) = started(case, tmp_path, written).values()
+        told[case.name] = job.run(seconds=0, steps=COMPARED).losses
+        assert job.run(seconds=0, steps=2).examples == 2 * 64
+    assert told["input/memory"] == told["input/blocks"] and len(set(told["input/memory"])) == 4
+    assert not set(told["input/blocks-mixed"]) & set(told["input/blocks"])
+
+
+def test_content_by_the_book(written):
+    schema = bench_cases.SCHEMA
+    inputs = open_inputs(Path(written["prepared"]), reader="fm", behaviours=True)
+    rows, log = np.arange(7, 12), inputs.log
+    total = 0.0
+    for place, row in enumerate(rows, start=1):
+        own = float(log["label"][row]) + float(log["floats"][row].sum())
+        for i, f in enumerate(schema.categorical):
+            own += (i + 1) * (int(log["ids"][row, i]) - schema.offsets[f.name])
+        for f in schema.sequences:
+            newest_first = log.padded(f.name, rows)[place - 1][::-1]
+            for age, event in enumerate(newest_first, start=1):
+                own += age * (int(event) - schema.offsets[f.name]) * bool(event)
+        total += place * own
+    assert content(inputs.batch(rows), schema) == pytest.approx(total / 25, rel=1e-12)
+    swapped = content(inputs.batch(rows[[1, 0, 2, 3, 4]]), schema)
+    assert swapped != pytest.approx(total / 25, rel=1e-9)
+
+
+def test_bytes_of_a_row(tmp_path, written):
+    disk, held = (started(case, tmp_path, written)["loopfm"] for case in bench_cases.INPUT[3:])
+    folder = Path(written["prepared"])
+    found = disk.run(seconds=0, steps=1)
+    whole = sum(p.stat().st_size for p in folder.glob("generated/**/*.array_record*"))
+    log = open_inputs(folder, reader="fm", behaviours=True).log
+    assert found.value == pytest.approx(whole / len(log))
+    events = sum(r.values.nbytes for r in log.ragged.values()) / len(log)
+    ids, floats, lengths, label, times_and_keys = 4 * 3, 4, 2 * 4, 1, 4 * 8
+    fixed = ids + floats + lengths + label + times_and_keys
+    assert held.run(seconds=0, steps=1).value == pytest.approx(fixed + events)

@@ -17,9 +17,11 @@ def main() -> None:
     if missing:
         refuse(f"{sys.executable} has no {' and no '.join(missing)}")
         return
+    from benchmarks.peers.feeding import Bytes, Feed
     from benchmarks.peers.jobs import Infer, Latency, Train
 
-    jobs = {"train": Train, "infer": Infer, "latency": Latency}
+    models = {"train": Train, "infer": Infer, "latency": Latency}
+    jobs = {**models, "feed": Feed, "bytes": Bytes}
     serve(jobs, versions={name: version(name) for name in NEEDED})
 
 

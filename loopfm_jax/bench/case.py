@@ -8,7 +8,7 @@ from typing import Any
 
 from loopfm_jax.bench.child import Child, Failed, ours
 from loopfm_jax.bench.measure import Round, ratios, spread, take_rounds
-from loopfm_jax.bench.spec import Case, Facts, Side
+from loopfm_jax.bench.terms import Case, Facts, Side
 from loopfm_jax.progress import say
 
 BFLOAT16_TIMES = 10

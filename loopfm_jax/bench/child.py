@@ -86,9 +86,8 @@ class Child:
         return Measured(**found)
 
     def cpu_seconds(self) -> float:
-        """CPU time of the process so far; 0 where there is no /proc."""
-        stat = Path(f"/proc/{self._process.pid}/stat")
-        return ticks(stat) / os.sysconf("SC_CLK_TCK") if stat.exists() else 0.0
+        """CPU time of the process and of those it started, so far; 0 where there is no /proc."""
+        return sum(map(ticks, family(self._process.pid))) / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
         if self._process.poll() is None:
@@ -155,7 +154,21 @@ def find_python(path: Path | None) -> Path:
     return path.absolute()
 
 
-def ticks(stat: Path) -> int:
-    """User and system clock ticks of a /proc/<pid>/stat, all threads."""
-    after_name = stat.read_text().rsplit(")", 1)[1].split()
-    return int(after_name[11]) + int(after_name[12])
+def family(pid: int) -> list[int]:
+    """A process and all that it started (the worker of a peer's loader)."""
+    found = [pid]
+    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found += [one for child in listed.read_text().split() for one in family(int(child))]
+        except OSError:  # the thread has ended
+            continue
+    return found
+
+
+def ticks(pid: int) -> int:
+    """User and system clock ticks of a process, all threads, and of its children that ended."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return 0
+    return sum(int(n) for n in after_name[11:15])

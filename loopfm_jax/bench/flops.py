@@ -12,6 +12,9 @@ from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.data.schema import Behaviour, Schema
 from loopfm_jax.history.encoders import EncoderConfig, spec_of
 
+REMAT = True
+"""Whether the attention of backbones and encoders is computed again in the backward pass."""
+
 
 def forward(schema: Schema, config: BackboneConfig, *, tokens: float, pairs: float) -> float:
     """FLOPs of one example.

@@ -21,7 +21,7 @@ from loopfm_jax.bench import picture, report, rows
 from loopfm_jax.bench.case import Bench, run_case
 from loopfm_jax.bench.child import PACKAGES, ROOT, Child, Failed, find_python, ours, versions
 from loopfm_jax.bench.config import BenchConfig
-from loopfm_jax.bench.spec import Case
+from loopfm_jax.bench.terms import Case
 from loopfm_jax.errors import UserError
 from loopfm_jax.progress import say
 from loopfm_jax.report import finite, replace_file

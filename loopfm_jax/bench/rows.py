@@ -9,23 +9,28 @@ from typing import Any
 
 from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.bench import flops
-from loopfm_jax.bench.child import TUNED
 from loopfm_jax.bench.data import HistorySpec
-from loopfm_jax.bench.encoding import lengths
+from loopfm_jax.bench.history_rows import compress, encoder, read_codes, structure
+from loopfm_jax.bench.input_rows import PreparedSpec, input_rows
 from loopfm_jax.bench.public import PUBLIC
-from loopfm_jax.bench.spec import Case, Check, Facts, LogSpec, Side, nothing
+from loopfm_jax.bench.terms import (
+    BF16,
+    EXACT,
+    FUXICTR,
+    SHIPPED,
+    Case,
+    Check,
+    Facts,
+    LogSpec,
+    Side,
+    nothing,
+)
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.history.encoders import EncoderConfig
 from loopfm_jax.optim import OptimConfig
 
-REMAT = True
-"""Whether the backbones' attention is computed again in the backward pass."""
-EXACT = Side("loopfm")
-FUXICTR = Side("fuxictr", worker="fuxictr", env=TUNED)
-SHIPPED = Side("fuxictr-shipped", worker="fuxictr")
-BF16 = Side("fuxictr-bf16", worker="fuxictr", env=TUNED, spec={"autocast": True}, dtype="bfloat16")
 TAOBAO = PUBLIC["TaobaoAd_x1"]
-LOG = LogSpec(TAOBAO.schema)
+LOG, PREPARED = LogSpec(TAOBAO.schema), PreparedSpec(TAOBAO.schema)
 HISTORIES = HistorySpec()
 OPTIM = OptimConfig(embedding_l2=5e-6)
 FAST = Side("loopfm", "fast", spec={"optim": {**asdict(OPTIM), "tables": "rowwise_adagrad"}})
@@ -66,7 +71,7 @@ def fm_train(
 
     def count(facts: Facts) -> float:
         tokens, pairs = facts["tokens"], facts["pairs"]
-        return flops.train(prepare.schema, backbone, tokens=tokens, pairs=pairs, remat=REMAT)
+        return flops.train(prepare.schema, backbone, tokens=tokens, pairs=pairs, remat=flops.REMAT)
 
     return Case(
         name=f"fm-train/{name}",
@@ -123,20 +128,6 @@ def vm_infer(name: str, backbone: BackboneConfig, *, batch: int, prepare: LogSpe
     )
 
 
-def structure(events: int, mean_history: int) -> Case:
-    """Histories of a whole log, files written, beside a loop over events in plain Python."""
-    few = 2_000_000 // mean_history  # the loop takes as long as its events times their histories
-    spec = {"events": events, "mean_history": mean_history, "loop_events": few}
-    return Case(
-        name=f"structure/history-{mean_history}" + ("" if events < 10**7 else "-10m"),
-        unit="events/s",
-        ours=(EXACT,),
-        peers=(Side("python-loop", spec={"job": "structure-loop"}),),
-        spec={"job": "structure", **spec},
-        prepare=nothing,
-    )
-
-
 def export(backbone: BackboneConfig, *, batch: int = 4096, prepare: LogSpec = LOG) -> Case:
     """Logging codes and soft labels, beside predicting alone and the same program at rest."""
     return Case(
@@ -149,27 +140,6 @@ def export(backbone: BackboneConfig, *, batch: int = 4096, prepare: LogSpec = LO
         ),
         spec={"job": "export", "width": 64, **describe(prepare.schema, backbone, batch)},
         prepare=prepare,
-    )
-
-
-def encoder(
-    fill: float, *, batch: int = 4096, width: int = 64, length: int = 50, entries: int = 1_000_000
-) -> Case:
-    """The DMIN encoder over histories full by `fill`, packed beside padded."""
-    config = EncoderConfig("dmin", width=width, heads=4)
-    spec = {"batch": batch, "width": width, "length": length, "entries": entries, "fill": fill}
-    length_N = lengths(spec).astype(float)
-    tokens, pairs = length_N.mean(), (length_N * (length_N + 1) / 2).mean()
-    count = flops.encoder(config, width, tokens=tokens, pairs=pairs, remat=REMAT)
-    return Case(
-        name=f"encoder/dmin-{fill:.0%}-full",
-        unit="examples/s",
-        ours=(Side("loopfm", spec={"layout": "packed"}),),
-        peers=(Side("padded", spec={"layout": "padded"}),),
-        spec={"job": "encode", "encoder": asdict(config), **spec},
-        prepare=nothing,
-        flops=lambda _: count,
-        check=Check(),
     )
 
 
@@ -217,32 +187,6 @@ def devices(count: int, *, backbone: BackboneConfig = DIN, batch: int = 4096) ->
     )
 
 
-def compress(inputs: int = 896, *, width: int = 64, batch: int = 4096) -> Case:
-    """Activations to int4 codes, beside codes that stay float32."""
-    count = flops.chain(inputs, 128, width)
-    return Case(
-        name="compress/int4",
-        unit="rows/s",
-        ours=(Side("loopfm", spec={"code": "int4"}),),
-        peers=(Side("float32-codes", spec={"code": "fp32"}),),
-        spec={"job": "compress", "inputs": inputs, "width": width, "batch": batch},
-        prepare=nothing,
-        flops=lambda _: count,
-    )
-
-
-def read_codes(*, width: int = 32, batch: int = 65_536, entries: int = 2_000_000) -> Case:
-    """Codes of random rows as numbers again, beside a store of float32, eight times its size."""
-    return Case(
-        name="compress/read-int4",
-        unit="rows/s",
-        ours=(Side("loopfm", spec={"code": "int4"}),),
-        peers=(Side("float32-store", spec={"code": "fp32"}),),
-        spec={"job": "read", "width": width, "batch": batch, "entries": entries},
-        prepare=nothing,
-    )
-
-
 def describe(schema: Schema, backbone: BackboneConfig, batch: int) -> dict[str, Any]:
     """What `bench.model` and the peer build from."""
     return {
@@ -258,6 +202,7 @@ CASES = (
     structure(1_000_000, 300),
     structure(10_000_000, 22),
     export(BARS_DIN),
+    *input_rows(PREPARED),
     fm_train("din-bars", BARS_DIN, peers=(FUXICTR, BF16), same_steps=False),
     fm_train("din-bars-no-dropout", DIN, peers=(FUXICTR, SHIPPED, BF16)),
     fm_train("din-dice-small", DICE, peers=(FUXICTR, BF16), same_steps=False),

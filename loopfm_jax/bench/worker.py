@@ -9,6 +9,7 @@ from loopfm_jax.bench.child import PACKAGES, versions
 from loopfm_jax.bench.compressing import Compress, Read
 from loopfm_jax.bench.encoding import Encode
 from loopfm_jax.bench.exporting import Export, Forward
+from loopfm_jax.bench.feeding import Bytes, Feed
 from loopfm_jax.bench.jobs import Grown, Infer, Latency, Train
 from loopfm_jax.bench.limits import Limits
 from loopfm_jax.bench.protocol import serve
@@ -19,6 +20,8 @@ JOBS = {
     "structure-loop": StructureLoop,
     "export": Export,
     "forward": Forward,
+    "feed": Feed,
+    "bytes": Bytes,
     "train": Train,
     "train-grown": Grown,
     "encode": Encode,

@@ -1,8 +1,11 @@
 """Grain input: a source whose item is one whole global batch, so that its state is one integer.
 
 Assembling a batch is a handful of vectorised gathers (records one by one are a thousand times
-slower). Two orders: one pass in time order (the paper's streaming protocol) and shuffled epochs.
-The last batch of a pass is filled up with repeats of weight 0: no row is dropped, no shape changes.
+slower). Three orders: passes in time order (the paper's streaming protocol), epochs in a full
+permutation, and epochs that mix: blocks in random order, the rows of 16 of them permuted together.
+Mixing reads a log that is larger than memory block by block; the price is that rows which are
+neighbours in time stay within some 16 batches of 4,096 of one another. The last batch of a pass is
+filled up with repeats of weight 0: no row is dropped, no shape changes.
 """
 
 from collections.abc import Callable
@@ -13,8 +16,11 @@ from typing import Any, Literal
 import grain
 import numpy as np
 
+from loopfm_jax.data.blocks import BLOCK_ROWS, WINDOW_BLOCKS
 from loopfm_jax.errors import UserError
 
+Order = Literal["time", "shuffled", "mixed"]
+AHEAD, MOST_AHEAD = 2, 64
 Batch = dict[str, Any]
 """Arrays [B, ...] by name; histories are nested by key."""
 Assemble = Callable[[np.ndarray], Batch]
@@ -24,8 +30,9 @@ Assemble = Callable[[np.ndarray], Batch]
 class OrderConfig:
     """How training walks over its window."""
 
-    order: Literal["time", "shuffled"] = "time"
-    """`time`: the paper's streaming protocol; `shuffled`: a new permutation every epoch."""
+    order: Order = "time"
+    """`time`: the paper's streaming protocol; `shuffled`: a new permutation every epoch; `mixed`:
+    the same for logs larger than memory, blocks permuted and the rows of 16 of them together."""
     epochs: int = 1
     batch: int = 1024
     """Global batch size."""
@@ -37,7 +44,8 @@ class OrderConfig:
 
 
 class GlobalBatches(grain.sources.RandomAccessDataSource):
-    """Item `step` is the batch of that step: a function of (rows, config, seed, step) alone.
+    """Item `step` is the batch of that step: a function of (rows, config, seed, step) alone, so
+    that every process of many could take its own part.
 
     Args:
       rows: row numbers of the window in time order.
@@ -48,7 +56,8 @@ class GlobalBatches(grain.sources.RandomAccessDataSource):
         self._rows, self._assemble = rows, assemble
         self._config, self._seed = config, seed
         self._steps_per_epoch = -(-len(rows) // config.batch)
-        self._epoch_rows = lru_cache(maxsize=2)(self._order)
+        self._epoch_rows = lru_cache(maxsize=2)(self._permuted)
+        self._mixture = Mixture(rows, seed=seed) if config.order == "mixed" else None
 
     def __len__(self) -> int:
         return self._steps_per_epoch * self._config.epochs
@@ -56,22 +65,74 @@ class GlobalBatches(grain.sources.RandomAccessDataSource):
     def __repr__(self) -> str:  # Grain writes it into checkpoints: no addresses, no data
         return f"GlobalBatches(rows={len(self._rows)}, {self._config}, seed={self._seed})"
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if self._config.order == "time":
-            return self._rows
+    @property
+    def ahead(self) -> int:
+        """Batches worth preparing ahead: the blocks of a window are decoded at its first batch, so
+        a window's worth where rows are mixed."""
+        if self._mixture is None:
+            return AHEAD
+        return min(max(AHEAD, WINDOW_BLOCKS * BLOCK_ROWS // self._config.batch), MOST_AHEAD)
+
+    def _permuted(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self._seed, epoch)).permutation(self._rows)
+
+    def _part(self, epoch: int, low: int, high: int) -> np.ndarray:
+        """Rows `low` to `high` of an epoch."""
+        if self._mixture is not None:
+            return self._mixture.part(epoch, low, high)
+        return (self._rows if self._config.order == "time" else self._epoch_rows(epoch))[low:high]
 
     def __getitem__(self, record_key) -> Batch:
         epoch, step = divmod(int(record_key), self._steps_per_epoch)
         size = self._config.batch
-        rows = self._epoch_rows(epoch)[step * size : (step + 1) * size]
+        rows = self._part(epoch, step * size, (step + 1) * size)
         filled = np.resize(rows, size)
         batch = self._assemble(filled)
         batch["weight_B"] = (np.arange(size) < len(rows)).astype(np.float32)
         return batch
 
 
-def iterate(source: GlobalBatches, *, ahead: int = 2) -> grain.DatasetIterator:
-    """Batches in order, `ahead` of them prepared by one thread; state: the next step's number."""
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)
+class Mixture:
+    """Epochs over rows in random order, which read few blocks at a time: the blocks are permuted
+    and cut into windows of WINDOW_BLOCKS, and the rows of a window are permuted.
+
+    Args:
+      rows: row numbers in time order. Blocks are counted from the first of them: a window of the
+        log starts with a block of its own. (Where rows of two windows follow one another, the
+        later window's blocks lie across these; they are then decoded up to twice.)
+    """
+
+    def __init__(self, rows: np.ndarray, *, seed: int):
+        self._rows, self._seed = rows, seed
+        block = (rows - rows[0]) // BLOCK_ROWS
+        self._starts = np.r_[0, np.flatnonzero(np.diff(block)) + 1, len(rows)]
+        self._epoch = lru_cache(maxsize=2)(self._windows)
+        self._window = lru_cache(maxsize=2)(self._window_rows)
+
+    def part(self, epoch: int, low: int, high: int) -> np.ndarray:
+        """Rows `low` to `high` (or the last one) of an epoch."""
+        _, ends = self._epoch(epoch)
+        first = int(np.searchsorted(ends, low, side="right"))
+        last = int(np.searchsorted(ends, min(high, len(self._rows)), side="left"))
+        found = np.concatenate([self._window(epoch, w) for w in range(first, last + 1)])
+        start = ends[first - 1] if first else 0
+        return found[low - start : high - start]
+
+    def _windows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Blocks in the epoch's order, and how many rows there are up to each window's end."""
+        sizes = np.diff(self._starts)
+        blocks = np.random.default_rng((self._seed, epoch)).permutation(len(sizes))
+        total = np.cumsum(sizes[blocks])
+        return blocks, np.r_[total[WINDOW_BLOCKS - 1 : -1 : WINDOW_BLOCKS], total[-1]]
+
+    def _window_rows(self, epoch: int, window: int) -> np.ndarray:
+        blocks, _ = self._epoch(epoch)
+        own = blocks[window * WINDOW_BLOCKS : (window + 1) * WINDOW_BLOCKS]
+        rows = np.concatenate([self._rows[slice(*self._starts[b : b + 2])] for b in own])
+        return np.random.default_rng((self._seed, epoch, 1 + window)).permutation(rows)
+
+
+def iterate(source: GlobalBatches) -> grain.DatasetIterator:
+    """Batches in order, some prepared ahead by one thread; state: the next step's number."""
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=source.ahead)
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))

@@ -8,7 +8,7 @@ GB of it, and takes four times as long at its level 3, for files that are no sma
 """
 
 from collections.abc import Iterator, Mapping
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
+from loopfm_jax.data.blocks import BLOCK_ROWS, Blocks, is_wide
 from loopfm_jax.data.raw import Card
+from loopfm_jax.errors import UserError
 
-BLOCK_ROWS = 4096
 SHARD_BLOCKS = 1000
 OPTIONS = "group_size:1,zstd:1"
 VERSION = "1.0.0"
@@ -132,26 +133,60 @@ def _part(values: Columns, low: int, high: int) -> np.ndarray:
     return values[low:high]
 
 
-def read(directory: Path, rows: Mapping[str, int]) -> dict[str, np.ndarray]:
+def read(directory: Path, rows: Mapping[str, int], *, wide: bool = True) -> dict[str, np.ndarray]:
     """All columns of the given splits (name -> rows), concatenated in time order.
 
     Columns of one value a row are filled in place, so that a log is in memory once.
+
+    Args:
+      wide: False leaves out `is_wide`.
     """
-    builder = tfds.builder_from_directory(directory)
     whole: dict[str, np.ndarray] = {}
     many: dict[str, list[np.ndarray]] = {}
-    low = 0
-    for split in rows:
-        source: Any = builder.as_data_source(split)  # pyright: ignore[reportCallIssue]
-        for i in range(len(source)):
-            block = source[i]
-            high = low + len(block["label"])
-            for name, values in block.items():
-                if name.endswith("/values"):
-                    many.setdefault(name, []).append(values)
-                    continue
-                if name not in whole:
-                    whole[name] = np.empty((sum(rows.values()), *values.shape[1:]), values.dtype)
-                whole[name][low:high] = values
-            low = high
+    blocks = open_blocks(directory, rows)
+    for number, (low, high) in enumerate(pairwise(blocks.bounds)):
+        for name, values in blocks.read(number).items():
+            if not wide and is_wide(name):
+                continue
+            if name.endswith("/values"):
+                many.setdefault(name, []).append(values)
+                continue
+            if name not in whole:
+                whole[name] = np.empty((sum(rows.values()), *values.shape[1:]), values.dtype)
+            whole[name][low:high] = values
     return whole | {name: np.concatenate(parts) for name, parts in many.items()}
+
+
+def open_blocks(directory: Path, rows: Mapping[str, int]) -> Blocks:
+    """The records of the given splits (name -> rows), read one by one.
+
+    Raises:
+      UserError: they are not cut as this version cuts them.
+    """
+    builder = tfds.builder_from_directory(directory)
+    places: list[tuple[Any, int]] = []
+    bounds = [0]
+    for split, count in rows.items():
+        source: Any = builder.as_data_source(split)  # pyright: ignore[reportCallIssue]
+        start = bounds[-1]
+        bounds.extend(
+            min(low + BLOCK_ROWS, start + count) for low in range(start, start + count, BLOCK_ROWS)
+        )
+        places.extend((source, i) for i in range(len(source)))
+    if len(places) != len(bounds) - 1:
+        raise UserError(
+            f"{directory} holds {len(places)} records where {len(bounds) - 1} of {BLOCK_ROWS} rows "
+            "are due: another version wrote it; prepare the log again"
+        )
+
+    def read_block(number: int) -> dict[str, np.ndarray]:
+        source, i = places[number]
+        return source[i]
+
+    return Blocks(read_block, np.array(bounds, np.int64))
+
+
+def size(directory: Path, rows: Mapping[str, int]) -> int:
+    """Bytes of the given splits in memory, as far as their records tell."""
+    splits = tfds.builder_from_directory(directory).info.splits
+    return sum(splits[name].num_bytes for name in rows)

@@ -7,6 +7,7 @@ as int32 ids.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +24,7 @@ from loopfm_jax.data.events import place
 from loopfm_jax.data.log import KEY, PRETRAINED, SEQUENCES
 from loopfm_jax.data.order import collapse_groups, order_rows
 from loopfm_jax.data.raw import SPLITS, Card, Pretrained, RawLog, Windows
+from loopfm_jax.data.schema import Schema
 from loopfm_jax.errors import UserError
 
 PIECE = 1 << 20
@@ -56,21 +58,16 @@ def prepare(
     encoded = encode(raw, raw.frame, fm_rows=cuts["fm"][1], order=order)
     _write_side(directory, raw, encoded)
     raw, encoded = replace(raw, sequences=(), pretrained={}), replace(encoded, sequences={})
-    folder = builder.write(
-        name,
+    write(
         directory,
+        name,
+        schema=encoded.schema,
         columns=_columns(raw, encoded, order, time=time, label=label),
         ragged={n: (r.values, r.lengths) for n, r in encoded.ragged.items()},
-        bounds=cuts,
+        rows=rows,
         card=card,
+        truth=raw.truth,
     )
-    schema = {
-        "folder": str(folder.relative_to(directory)),
-        "schema": encoded.schema.to_json(),
-        "rows": rows,
-        "truth": list(raw.truth),
-    }
-    (directory / "schema.json").write_text(json.dumps(schema, indent=1))
     return {
         "rows": {**rows, "duplicates_dropped": raw.duplicates},
         "keys": raw.frame["key"].gather(order).n_unique(),
@@ -78,6 +75,37 @@ def prepare(
         "windows": bounds_text,
         "notes": dict(raw.notes),
     }
+
+
+def write(
+    directory: Path,
+    name: str,
+    *,
+    schema: Schema,
+    columns: Mapping[str, builder.Columns],
+    ragged: Mapping[str, builder.Ragged],
+    rows: Mapping[str, int],
+    card: Card,
+    truth: Sequence[str] = (),
+) -> None:
+    """The data set and what it holds: columns in time order, `rows` of them in each window."""
+    stops = np.cumsum(list(rows.values())).tolist()
+    bounds = zip([0, *stops[:-1]], stops, strict=True)
+    folder = builder.write(
+        name,
+        directory,
+        columns=columns,
+        ragged=ragged,
+        bounds=dict(zip(rows, bounds, strict=True)),
+        card=card,
+    )
+    facts = {
+        "folder": str(folder.relative_to(directory)),
+        "schema": schema.to_json(),
+        "rows": dict(rows),
+        "truth": list(truth),
+    }
+    (directory / "schema.json").write_text(json.dumps(facts, indent=1))
 
 
 def _write_side(directory: Path, raw: RawLog, encoded: Encoded) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from loopfm_jax import checkpoint, stages
+from loopfm_jax.data.log import LogResidency
 from loopfm_jax.fm import refresh
 from loopfm_jax.fm.exporter import ExportConfig, code_width, fit, open_writers
 from loopfm_jax.fm.teacher import FMConfig
@@ -25,6 +26,7 @@ def export(
     directory: Path,
     history: Path | None = None,
     residency: Residency = "auto",
+    log_residency: LogResidency = "auto",
 ) -> dict[str, Any]:
     """Runs the FM of stage folder `fm` over all rows of the prepared log `data` that come after
     the ones it learned from.
@@ -35,9 +37,11 @@ def export(
     Args:
       history: what an FM of a second round reads.
       residency: where that waits.
+      log_residency: where the log waits.
     """
     facts = stages.verify(fm)["facts"]
-    lessons = open_lessons(data, fm_config, history, residency)
+    order = "time" if config.refresh == "fixed" else refresh.ORDER
+    lessons = open_lessons(data, fm_config, history, residency, log_residency, order)
     model = checkpoint.load_model(
         lessons.builder(fm_config), fm, mesh, pretrained=lessons.inputs.log.pretrained
     )

@@ -27,7 +27,7 @@ import numpy as np
 from flax import nnx
 
 from loopfm_jax import checkpoint, loop
-from loopfm_jax.data.batches import OrderConfig
+from loopfm_jax.data.batches import Order, OrderConfig
 from loopfm_jax.fm.exporter import ExportConfig, Exporter
 from loopfm_jax.fm.teacher import FMConfig, Teacher, loss
 from loopfm_jax.fm.train import sample
@@ -35,6 +35,8 @@ from loopfm_jax.history.codes import Codec
 from loopfm_jax.history.reader import Past
 
 RIDGE = 1e-3
+ORDER: Order = "shuffled"
+"""How a day is learned."""
 
 
 def run(
@@ -99,7 +101,7 @@ def _learn(
 ) -> Exporter:
     """The checkpoint after one pass over these rows, and how its codes are taken."""
     lessons, folder = first.lessons, directory / f"day_{day}"
-    order = OrderConfig(order="shuffled", epochs=1, batch=fm_config.train.order.batch)
+    order = OrderConfig(order=ORDER, epochs=1, batch=fm_config.train.order.batch)
     held = config.refresh == "anchored"
     weight, anchors = (config.anchor, _codes(first, rows)) if held else (0.0, {})
 

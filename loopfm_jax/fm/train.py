@@ -12,6 +12,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from loopfm_jax import checkpoint, infer, loop, stages
+from loopfm_jax.data.batches import Order
+from loopfm_jax.data.log import LogResidency
 from loopfm_jax.fm.compressor import Projection
 from loopfm_jax.fm.teacher import FMConfig, Teacher, loss
 from loopfm_jax.history.encoders import TIMED
@@ -47,10 +49,21 @@ class Lessons:
 
 
 def open_lessons(
-    data: Path, config: FMConfig, history: Path | None = None, residency: Residency = "auto"
+    data: Path,
+    config: FMConfig,
+    history: Path | None = None,
+    residency: Residency = "auto",
+    log_residency: LogResidency = "auto",
+    order: Order = "time",
 ) -> Lessons:
     """The prepared log `data` as the teacher reads it, with the histories of a first round."""
-    inputs = open_inputs(data, reader="fm", behaviours=config.backbone.reads_behaviours)
+    inputs = open_inputs(
+        data,
+        reader="fm",
+        behaviours=config.backbone.reads_behaviours,
+        residency=log_residency,
+        order=order,
+    )
     if history is None:
         return Lessons(inputs, None)
     facts = stages.verify(history)["facts"]
@@ -77,6 +90,7 @@ def train_fm(
     span: Span = "whole",
     history: Path | None = None,
     residency: Residency = "auto",
+    log_residency: LogResidency = "auto",
 ) -> dict[str, Any]:
     """Trains on the FM window of the prepared log `data`; writes the model into `directory`.
 
@@ -85,8 +99,11 @@ def train_fm(
       span: `first-half` leaves the later half of the window's rows to a second round.
       history: `structure` folder of a first round's codes, which this FM reads.
       residency: where these wait.
+      log_residency: where the log waits.
     """
-    lessons = open_lessons(data, config, history, residency)
+    lessons = open_lessons(
+        data, config, history, residency, log_residency, config.train.order.order
+    )
     rows = known_rows(lessons.inputs, before=first_unseen(lessons.inputs, span))
     assemble = lessons.batch if labels == "true" else _shuffled(lessons, rows, seed)
     past = lessons.past(mesh)

@@ -5,7 +5,6 @@ stay in their memory maps, and a batch brings what its own tokens read, codes st
 by the thread that prepares batches. The step computes the same numbers from either.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from loopfm_jax import sharding
+from loopfm_jax import memory, sharding
 from loopfm_jax.history.reader import Entries, Past, Reading
 from loopfm_jax.history.store import Histories, Residency, Store
 from loopfm_jax.inputs import Inputs
@@ -119,5 +118,4 @@ def _gather(values: np.ndarray, rows: np.ndarray, *, slots: int) -> np.ndarray:
 def device_bytes() -> int:
     """Memory of one device; where devices do not tell (CPU), that of the machine."""
     told = jax.local_devices()[0].memory_stats() or {}
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return told.get("bytes_limit", pages)
+    return told.get("bytes_limit", memory.host_bytes())

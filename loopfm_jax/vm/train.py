@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from loopfm_jax import checkpoint, infer, loop, sharding, stages
+from loopfm_jax.data.log import LogResidency
 from loopfm_jax.data.raw import Holdout, vm_windows
 from loopfm_jax.errors import UserError
 from loopfm_jax.history.encoders import TIMED
@@ -77,11 +78,19 @@ class Sources:
     """Every example reads the history of another key (a control)."""
     residency: Residency = "auto"
     """Where histories wait."""
+    log_residency: LogResidency = "auto"
+    """Where the prepared log waits."""
 
 
 def open_examples(sources: Sources, config: VMConfig, method: Method) -> Examples:
     """Joins the prepared log with what the FM left behind."""
-    inputs = open_inputs(sources.data, reader="vm", behaviours=config.backbone.reads_behaviours)
+    inputs = open_inputs(
+        sources.data,
+        reader="vm",
+        behaviours=config.backbone.reads_behaviours,
+        residency=sources.log_residency,
+        order=config.train.order.order,
+    )
     folders = [folder for folder in (sources.export, sources.history) if folder]
     facts = [stages.verify(folder)["facts"] for folder in folders]
     first = inputs.splits["vm"].start

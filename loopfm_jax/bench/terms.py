@@ -1,10 +1,11 @@
-"""What a row of `loopfm bench` is: its sides, what they read, how they are compared."""
+"""What a row of `loopfm bench` is: a case, its sides, its check, what they read."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from loopfm_jax.bench.child import TUNED
 from loopfm_jax.bench.data import write_log
 from loopfm_jax.data.schema import Schema
 
@@ -73,3 +74,9 @@ class Case:
 def nothing(folder: Path) -> Facts:
     """Sides generate what they read."""
     return {}
+
+
+EXACT = Side("loopfm")
+FUXICTR = Side("fuxictr", worker="fuxictr", env=TUNED)
+SHIPPED = Side("fuxictr-shipped", worker="fuxictr")
+BF16 = Side("fuxictr-bf16", worker="fuxictr", env=TUNED, spec={"autocast": True}, dtype="bfloat16")
