@@ -1,13 +1,11 @@
 """`loopfm <command> <configuration.py> [options]`: one table of commands that reads as the flow."""
 
 import difflib
-import errno
 import json
 import logging
 import math
 import os
 import re
-import shutil
 import sys
 import time
 import traceback
@@ -24,15 +22,15 @@ from loopfm_jax.auto import resolve
 from loopfm_jax.bench.make import bench
 from loopfm_jax.config import Config, as_json, load
 from loopfm_jax.data.batches import GlobalBatches, OrderConfig, iterate
-from loopfm_jax.errors import UserError
+from loopfm_jax.errors import UserError, disk_message
 from loopfm_jax.flow import Flow
 from loopfm_jax.inputs import open_inputs
 from loopfm_jax.progress import say
+from loopfm_jax.scale import make as scaling
 from loopfm_jax.sharding import make_mesh
 from loopfm_jax.study import make as studies
 from loopfm_jax.study.analyse import analyse as analyse_codes
 
-DISK = [os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)]
 CONTROLS = ("swapped-histories", "shuffled-labels")
 XLA_CACHE = Path("~/.cache/loopfm_jax/xla")
 
@@ -131,6 +129,13 @@ def analyse(flow: Flow) -> dict[str, Any]:
     return found
 
 
+def scale(flow: Flow) -> dict[str, Any]:
+    """throughput against model size: power law, MFU, memory, picture"""
+    found = scaling.make(flow.config, command=_command())
+    say(f"scale: {(flow.root / 'scale' / 'scale.svg').resolve()}")
+    return scaling.headline(found)
+
+
 COMMANDS: dict[str, Callable[[Flow], dict[str, Any]]] = {
     "prepare": prepare,
     "train-fm": train_fm,
@@ -142,6 +147,7 @@ COMMANDS: dict[str, Callable[[Flow], dict[str, Any]]] = {
     "run": run,
     "study": study,
     "analyse": analyse,
+    "scale": scale,
 }
 ALONE: dict[str, Callable[[Sequence[str]], dict[str, Any]]] = {"bench": bench}
 """Commands without a configuration: options -> result."""
@@ -183,7 +189,7 @@ def _dispatch(argv: list[str]) -> dict[str, Any]:
         (config.workdir / "config.json").write_text(json.dumps(as_json(config), indent=1))
         return result
     except Exception as error:
-        message = None if isinstance(error, UserError) else _disk_message(error, config.workdir)
+        message = None if isinstance(error, UserError) else disk_message(error, config.workdir)
         if message is None:
             raise
         raise UserError(message) from None
@@ -251,24 +257,6 @@ def _strict(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_strict(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _disk_message(error: Exception, workdir: Path) -> str | None:
-    """What to say if the surroundings are at fault. Libraries wrap what the system says."""
-    for words in DISK:
-        if words in str(error):
-            while not workdir.exists():
-                workdir = workdir.parent
-            free = shutil.disk_usage(workdir).free
-            return (
-                f"{words}: {workdir} ({free:,} bytes free there now); free some space or choose "
-                "another --workdir; nothing half-written was kept as complete"
-            )
-    if isinstance(error, (FileExistsError, NotADirectoryError)):
-        return f"{error.filename}: a file is in the way; remove it or choose another --workdir"
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.strerror}: {error.filename}: is it there, and what are its permissions?"
-    return None
 
 
 def _quiet() -> None:

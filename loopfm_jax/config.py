@@ -17,6 +17,7 @@ from loopfm_jax.errors import UserError, check_limits
 from loopfm_jax.fm.exporter import ExportConfig
 from loopfm_jax.fm.teacher import FMConfig
 from loopfm_jax.history.store import HistoryConfig
+from loopfm_jax.scale.config import ScaleConfig
 from loopfm_jax.sharding import MeshConfig
 from loopfm_jax.study.config import StudyConfig
 from loopfm_jax.vm.methods import find_method
@@ -55,6 +56,7 @@ class Config:
     holdout: Holdout = "test"
     """Judge VMs on this window; `validation` leaves the test window alone (for choices)."""
     study: StudyConfig = field(default_factory=StudyConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     log_residency: LogResidency = "auto"
     """Where the prepared log waits for training and inference: whole in `memory`, or in its

@@ -1,7 +1,13 @@
 """The one exception a user may cause: its text is the whole message, and the exit status is 2."""
 
+import errno
 import math
+import os
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
+
+DISK = [os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)]
 
 
 class UserError(Exception):
@@ -19,3 +25,21 @@ def check_limits(
         if not low <= value <= high:
             limit = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
             raise UserError(f"{owner}.{name} is {value}; it must be {limit}")
+
+
+def disk_message(error: Exception, workdir: Path) -> str | None:
+    """What to say if the surroundings are at fault. Libraries wrap what the system says."""
+    for words in DISK:
+        if words in str(error):
+            while not workdir.exists():
+                workdir = workdir.parent
+            free = shutil.disk_usage(workdir).free
+            return (
+                f"{words}: {workdir} ({free:,} bytes free there now); free some space or choose "
+                "another --workdir; nothing half-written was kept as complete"
+            )
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        return f"{error.filename}: a file is in the way; remove it or choose another --workdir"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.strerror}: {error.filename}: is it there, and what are its permissions?"
+    return None

@@ -134,6 +134,16 @@ def create(
     seed: int,
 ) -> tuple[Any, State, State]:
     """A fresh state, born sharded: (graph, state, its shardings)."""
+    graphdef, init = outline(build, optimiser)
+    number = jnp.asarray(seed, jnp.uint32)
+    shardings = sharding.for_state(mesh, jax.eval_shape(init, number))
+    return graphdef, jax.jit(init, out_shardings=shardings)(number), shardings
+
+
+def outline(
+    build: Callable[[nnx.Rngs], nnx.Module], optimiser: Optimiser
+) -> tuple[Any, Callable[[jax.Array], State]]:
+    """(graph, seed -> fresh state), of which `jax.eval_shape` knows the size without making it."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
 
     def init(seed: jax.Array) -> State:
@@ -141,9 +151,7 @@ def create(
         step = jnp.zeros((), jnp.int32)
         return State(step, seed, params, rest, optimiser.init(params))
 
-    number = jnp.asarray(seed, jnp.uint32)
-    shardings = sharding.for_state(mesh, jax.eval_shape(init, number))
-    return graphdef, jax.jit(init, out_shardings=shardings)(number), shardings
+    return graphdef, init
 
 
 def _parts(model: nnx.Module) -> tuple[Any, Any]:

@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+import re
+from pathlib import Path
 
 MMAP_MAX, TRIM_THRESHOLD = -4, -1
 
@@ -22,3 +24,25 @@ def keep_freed() -> None:
 def host_bytes() -> int:
     """Memory of the machine."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_bytes() -> int | None:
+    """What processes may still take: of the machine, or of the control group where that is less;
+    None where there is no /proc."""
+    free = _number(Path("/proc/meminfo"), r"MemAvailable:\s+(\d+)", unit=1024)
+    group = Path("/sys/fs/cgroup")  # no such files where there is none; `max` where it is free
+    limit, used = (_number(group / f"memory.{x}", r"^(\d+)$") for x in ("max", "current"))
+    if free is None or limit is None or used is None:
+        return free
+    cached = _number(group / "memory.stat", r"^inactive_file (\d+)$") or 0
+    return min(free, limit - used + cached)
+
+
+def resident_bytes() -> int:
+    """What this process holds now; 0 where there is no /proc."""
+    return _number(Path("/proc/self/status"), r"VmRSS:\s+(\d+)", unit=1024) or 0
+
+
+def _number(path: Path, pattern: str, *, unit: int = 1) -> int | None:
+    found = re.search(pattern, path.read_text(), re.MULTILINE) if path.exists() else None
+    return unit * int(found[1]) if found else None

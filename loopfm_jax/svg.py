@@ -96,3 +96,8 @@ def render(figure: Figure, name: str) -> str:
     for i, (light, _, _) in enumerate(SERIES):
         text = text.replace(light, f"var(--s{i})")
     return text.strip()
+
+
+def standalone(svg: str) -> str:
+    """A rendered picture as a file of its own, in its light colours."""
+    return svg.replace(">", f"><style>:root {{ {variables(dark=False)} }}</style>", 1) + "\n"

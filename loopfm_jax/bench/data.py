@@ -104,8 +104,18 @@ def no_reading() -> Reading:
     return Reading(contents=(), keys=(), side=(), codecs={}, tap="")
 
 
-def join_histories(inputs: Inputs, spec: HistorySpec, *, seed: int = 0) -> tuple[Reading, Join]:
-    """Every example with a slice of a store of random codes."""
+def read_codes(codec: Codec) -> Reading:
+    """Of a model that reads one store of these."""
+    return Reading(("loopfm",), ("key",), (), {"hidden_0": codec}, "hidden_0")
+
+
+def join_histories(
+    inputs: Inputs, spec: HistorySpec, *, timed: bool = False, seed: int = 0
+) -> tuple[Reading, Join]:
+    """Every example with a slice of a store of random codes.
+
+    timed: the encoder looks at the age of entries.
+    """
     rng, rows = np.random.default_rng(seed), len(inputs.log)
     codec = Codec("int4", spec.width)
     shape = (spec.entries, codec.columns)
@@ -121,6 +131,6 @@ def join_histories(inputs: Inputs, spec: HistorySpec, *, seed: int = 0) -> tuple
         length=length,
     )
     codecs: dict[str, Any] = {"hidden_0": codec}
-    reading = Reading(("loopfm",), ("key",), (), codecs, "hidden_0")
+    reading = read_codes(codec)
     histories = Histories({"key": store}, codecs, longest=spec.length, start_ms=0)
-    return reading, Join(inputs, histories, reading, first=0, residency="device")
+    return reading, Join(inputs, histories, reading, 0, timed, residency="device")

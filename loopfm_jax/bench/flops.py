@@ -10,26 +10,30 @@ from collections.abc import Sequence
 
 from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.data.schema import Behaviour, Schema
-from loopfm_jax.history.encoders import EncoderConfig, spec_of
+from loopfm_jax.fm.compressor import CompressorConfig
+from loopfm_jax.history.encoders import POOLING, EncoderConfig, spec_of
 
 REMAT = True
 """Whether the attention of backbones and encoders is computed again in the backward pass."""
 
 
-def forward(schema: Schema, config: BackboneConfig, *, tokens: float, pairs: float) -> float:
+def forward(
+    schema: Schema, config: BackboneConfig, *, tokens: float, pairs: float, extra_fields: int = 0
+) -> float:
     """FLOPs of one example.
 
     Args:
       tokens: mean events of a behaviour.
       pairs: mean causal pairs of events of a behaviour, each with itself included.
+      extra_fields: K, of histories.
     """
-    if config.name not in ("deepfm", *INTERESTS):
+    if config.name not in COUNTED:
         raise ValueError(f"no count for {config.name}")
     read = schema if config.reads_behaviours else schema.without_behaviours()
     width = config.tables.width
-    flat = width * (len(read.categorical) + len(read.numeric))
+    flat = width * (len(read.categorical) + len(read.numeric) + extra_fields)
     total = 0.0
-    if config.name == "deepfm":
+    if config.name not in INTERESTS:
         flat += width * len(read.sequences)
     else:
         past = {name for b in read.behaviours for name in b.history}
@@ -38,21 +42,70 @@ def forward(schema: Schema, config: BackboneConfig, *, tokens: float, pairs: flo
             wide = width * len(pair.target)
             total += INTERESTS[config.name](config, wide, tokens, pairs)
             flat += interest_width(config, pair)
+    if config.name == "dcnv2":
+        total += config.cross_layers * chain(flat, flat) + chain(flat, 1)
     return total + chain(flat, *config.hidden, 1)
 
 
 def train(
-    schema: Schema, config: BackboneConfig, *, tokens: float, pairs: float, remat: bool = False
+    schema: Schema,
+    config: BackboneConfig,
+    *,
+    tokens: float,
+    pairs: float,
+    extra_fields: int = 0,
+    remat: bool = False,
 ) -> float:
     """FLOPs of one example's training step: the backward pass costs two forwards.
 
     remat: attention is computed once more there.
     """
-    whole = forward(schema, config, tokens=tokens, pairs=pairs)
+    whole = forward(schema, config, tokens=tokens, pairs=pairs, extra_fields=extra_fields)
     again = 0.0
     if remat and config.name in INTERESTS:
         again = whole - forward(schema, config, tokens=0, pairs=0)
     return 3 * whole + again
+
+
+def compressor_train(config: CompressorConfig, inputs: int) -> float:
+    """FLOPs of one example in a compressor of activations [inputs], which get no gradient."""
+    if config.kind != "autoencoder":
+        return chain(inputs, config.width)
+    prefixes = {*config.prefixes, config.width}
+    code = chain(inputs, *config.hidden, config.width)
+    back = sum(chain(prefix, *config.hidden[::-1], inputs) for prefix in prefixes)
+    return 3 * (code + back) - chain(inputs, *config.hidden[:1] or (config.width,))
+
+
+def encoder_train(
+    config: EncoderConfig,
+    *,
+    inputs: int,
+    query: int,
+    field: int,
+    tokens: float,
+    pairs: float,
+) -> float:
+    """FLOPs of one example's history in a training step; stored codes get no gradient.
+
+    Args:
+      inputs: X, numbers of an entry.
+      query: Q, numbers of the candidate.
+      field: E, width of the fields that the summary becomes.
+      tokens: mean entries.
+      pairs: mean causal pairs of entries.
+    """
+    width, project = config.width, tokens * chain(inputs, config.width)
+    total, outputs = project, width
+    if config.name not in POOLING:
+        name = "din" if config.name == "transformer" else config.name
+        reads = spec_of(config).config
+        total += chain(query, width) + INTERESTS[name](reads, width, tokens, pairs)
+        outputs *= config.heads if name == "dmin" else 1
+    if config.name == "transformer":
+        block = chain(width, 3 * width) + chain(width, width) + chain(width, 2 * width, width)
+        total += config.layers * (tokens * block + pairs * 4 * width)
+    return 3 * (total + chain(outputs, config.fields * field)) - project
 
 
 def chain(*widths: float) -> float:
@@ -94,15 +147,6 @@ def dmin(config: BackboneConfig, wide: int, tokens: float, pairs: float) -> floa
     return refiner + attend + config.heads * own
 
 
-def encoder(
-    config: EncoderConfig, width: int, *, tokens: float, pairs: float, remat: bool = False
-) -> float:
-    """FLOPs of one example's training step of an attention encoder over codes of `width` numbers,
-    with a query of the same."""
-    told = spec_of(config)
-    deep = INTERESTS[config.name](told.config, config.width, tokens, pairs)
-    shallow = (tokens + 1) * chain(width, config.width)
-    return 3 * (deep + shallow) + (deep if remat else 0)
-
-
 INTERESTS = {"din": din, "dien": dien, "dmin": dmin}
+COUNTED = ("deepfm", "dcnv2", *INTERESTS)
+"""Backbones with a count."""

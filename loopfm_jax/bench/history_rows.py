@@ -30,7 +30,8 @@ def encoder(
     spec = {"batch": batch, "width": width, "length": length, "entries": entries, "fill": fill}
     length_N = lengths(spec).astype(float)
     tokens, pairs = length_N.mean(), (length_N * (length_N + 1) / 2).mean()
-    count = flops.encoder(config, width, tokens=tokens, pairs=pairs, remat=flops.REMAT)
+    sizes = {"inputs": width, "query": width, "field": 0}  # no summary becomes a field here
+    count = flops.encoder_train(config, **sizes, tokens=tokens, pairs=pairs)
     return Case(
         name=f"encoder/dmin-{fill:.0%}-full",
         unit="examples/s",

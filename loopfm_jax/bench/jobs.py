@@ -4,6 +4,7 @@ Training and inference assemble every host batch inside the timed loop, as `loop
 `infer.run` do; a peer gets its batches ready-made, its best.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +17,19 @@ from flax import nnx
 
 from loopfm_jax import loop, memory
 from loopfm_jax.bench.data import write_log
-from loopfm_jax.bench.model import FOREVER, Subject, make_subject, save_weights
+from loopfm_jax.bench.model import FOREVER, Subject, Taught, make_subject, save_weights
 from loopfm_jax.bench.protocol import Measured, Spec, timed, timed_each
 from loopfm_jax.data.batches import Batch, GlobalBatches, iterate
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.optim import make_optimiser
 from loopfm_jax.serve import open_predictor
+from loopfm_jax.vm.train import Examples
 
 REQUESTS = 16
 """Different requests that a latency row asks in turn."""
 
 
-def _start(spec: Spec) -> tuple[Subject, Any, loop.State, Any, Any]:
+def _start(spec: Spec) -> tuple[Subject | Taught, Any, loop.State, Any, Any]:
     """(subject, graph, state, shardings, optimiser), with the weights where the spec wants them."""
     memory.keep_freed()
     subject = make_subject(spec)
@@ -38,7 +40,7 @@ def _start(spec: Spec) -> tuple[Subject, Any, loop.State, Any, Any]:
     return subject, graphdef, state, shardings, optimiser
 
 
-def _facts(subject: Subject, state: loop.State) -> dict[str, Any]:
+def _facts(subject: Subject | Taught, state: loop.State) -> dict[str, Any]:
     return {
         "device": jax.devices()[0].device_kind,
         "platform": jax.devices()[0].platform,
@@ -47,7 +49,7 @@ def _facts(subject: Subject, state: loop.State) -> dict[str, Any]:
     }
 
 
-def _batches(subject: Subject) -> Iterator[Batch]:
+def _batches(subject: Subject | Taught) -> Iterator[Batch]:
     order = subject.config.train.order
     source = GlobalBatches(subject.rows, subject.examples.batch, config=order)
     return iter(iterate(source))
@@ -59,27 +61,35 @@ class Train:
     def __init__(self, spec: Spec):
         subject, graphdef, state, shardings, optimiser = _start(spec)
         self.facts = _facts(subject, state)
-        self._subject, self._state, self._batches = subject, state, _batches(subject)
+        self.subject, self._state, self._batches = subject, state, _batches(subject)
+        self.ticks: list[float] = []
+        """When the numbers of each step of the last run were read, by `time.perf_counter`."""
         self._step = loop.make_step(subject.task, optimiser, graphdef, shardings)
         self._waiting: list[Any] = []
         self._losses: list[float] = []
 
     def run(self, *, seconds: float, steps: int) -> Measured:
-        batch = self._subject.config.train.order.batch
+        batch = self.subject.config.train.order.batch
+        self.ticks.clear()
         return timed(
             self._one, self._read, seconds=seconds, steps=steps, examples=batch, losses=self._losses
         )
 
     def _one(self) -> None:
-        subject = self._subject
-        batch = loop.put(next(self._batches), subject.mesh)
-        self._state, numbers = self._step(self._state, batch, subject.past)
+        self.step(next(self._batches))
+
+    def step(self, batch: Batch) -> None:
+        """Dispatches a step and reads the numbers of the one before."""
+        subject = self.subject
+        placed = loop.put(batch, subject.mesh)
+        self._state, numbers = self._step(self._state, placed, subject.past)
         self._read()
         self._waiting.append(numbers)
 
     def _read(self) -> None:
         while self._waiting:
             self._losses.append(float(jax.device_get(self._waiting.pop()["logloss"])))
+            self.ticks.append(time.perf_counter())
 
 
 class Grown(Train):
@@ -152,8 +162,9 @@ class Latency:
     def __init__(self, spec: Spec):
         subject, graphdef, state, _, _ = _start(spec)
         self.facts, self._size = _facts(subject, state), subject.config.train.order.batch
-        model = nnx.merge(graphdef, state.params, state.rest)
-        self._predictor = open_predictor(model, subject.examples, buckets=(self._size,))
+        model, examples = nnx.merge(graphdef, state.params, state.rest), subject.examples
+        assert isinstance(examples, Examples), "a vertical model answers requests"
+        self._predictor = open_predictor(model, examples, buckets=(self._size,))
         batches = _batches(subject)
         self._requests = [next(batches) for _ in range(REQUESTS)]
         self._losses: list[float] = []

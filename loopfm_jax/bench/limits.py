@@ -25,12 +25,12 @@ def best(call: Callable[[], Any], *, repeats: int) -> float:
     return min(took)
 
 
-def gemm_flops(sizes: list[int], *, repeats: int) -> float:
-    """FLOP/s of the fastest square float32 product."""
+def gemm_flops(sizes: list[int], *, repeats: int, dtype: str = "float32") -> float:
+    """FLOP/s of the fastest square product."""
     multiply = jax.jit(lambda a, b: a @ b)
     found = []
     for n in sizes:
-        a, b = (jax.random.normal(jax.random.key(i), (n, n)) for i in range(2))
+        a, b = (jax.random.normal(jax.random.key(i), (n, n), dtype) for i in range(2))
         seconds = best(lambda a=a, b=b: multiply(a, b).block_until_ready(), repeats=repeats)
         found.append(2 * n**3 / seconds)
     return max(found)
@@ -76,7 +76,7 @@ class Limits:
         self.facts = {
             "device": jax.devices()[0].device_kind,
             "platform": jax.devices()[0].platform,
-            "flops": gemm_flops(spec["gemm"], repeats=repeats),
+            "flops": gemm_flops(spec["gemm"], repeats=repeats, dtype=spec.get("dtype", "float32")),
             "stream_bytes_s": stream_bytes(spec["stream"], repeats=repeats),
             "gather_rows_s": gather_rows(spec["rows"], width, spec["ids"], repeats=repeats),
             "gather_width": width,

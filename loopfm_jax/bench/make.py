@@ -66,7 +66,7 @@ def make(config: BenchConfig, *, command: str) -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
     found = finite(
         {
-            "device": _device(limits),
+            "device": device_name(limits),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
             "date": date.today().isoformat(),
             "command": command,
@@ -135,7 +135,7 @@ def _limits() -> dict[str, Any]:
         raise UserError(f"bench: our own worker does not start: {error}") from None
 
 
-def _device(limits: dict[str, Any]) -> str:
+def device_name(limits: dict[str, Any]) -> str:
     """What JAX calls it; a CPU by its name."""
     info = Path("/proc/cpuinfo")
     if limits["platform"] == "cpu" and info.exists():

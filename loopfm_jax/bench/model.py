@@ -17,7 +17,11 @@ from loopfm_jax.bench import data
 from loopfm_jax.bench.protocol import Spec
 from loopfm_jax.data.batches import OrderConfig
 from loopfm_jax.data.schema import Schema
-from loopfm_jax.history.encoders import EncoderConfig
+from loopfm_jax.fm.compressor import CompressorConfig
+from loopfm_jax.fm.teacher import FMConfig, Teacher
+from loopfm_jax.fm.teacher import loss as teacher_loss
+from loopfm_jax.fm.train import Lessons
+from loopfm_jax.history.encoders import TIMED, EncoderConfig
 from loopfm_jax.history.reader import Past
 from loopfm_jax.optim import OptimConfig
 from loopfm_jax.sharding import MeshConfig, make_mesh
@@ -28,6 +32,30 @@ from loopfm_jax.vm.train import Examples
 
 FOREVER = 1_000_000
 """Epochs: time ends a run, not the data."""
+
+
+@dataclass(frozen=True)
+class Taught:
+    """An FM with its compressor over generated examples, as `train-fm` trains it."""
+
+    examples: Lessons
+    config: FMConfig
+    mesh: Mesh
+    past: None
+    seed: int
+
+    @property
+    def build(self) -> Callable[[nnx.Rngs], Teacher]:
+        return self.examples.builder(self.config)
+
+    @property
+    def task(self) -> loop.Trainable:
+        """Cross-entropy plus the compressor's loss."""
+        return loop.Trainable(self.build, partial(teacher_loss, config=self.config))
+
+    @property
+    def rows(self) -> np.ndarray:
+        return self.examples.inputs.rows("vm")
 
 
 @dataclass(frozen=True)
@@ -54,28 +82,31 @@ class Subject:
         return self.examples.inputs.rows("vm")
 
 
-def make_subject(spec: Spec) -> Subject:
-    """What `spec` describes: schema, log, backbone, optim, batch and, if any, histories."""
-    schema = Schema.from_json(spec["schema"])
-    inputs = data.read_log(Path(spec["log"]), schema)
-    optim = OptimConfig(**spec.get("optim", {}))
+def make_subject(spec: Spec) -> Subject | Taught:
+    """What `spec` describes: schema, log, backbone, optim, batch and, if any, histories, or an FM's
+    taps and compressor."""
+    inputs = data.read_log(Path(spec["log"]), Schema.from_json(spec["schema"]))
     train = loop.TrainConfig(
-        OrderConfig(epochs=FOREVER, batch=spec["batch"]), optim, dtype=spec.get("dtype", "float32")
+        OrderConfig(epochs=FOREVER, batch=spec["batch"]),
+        OptimConfig(**spec.get("optim", {})),
+        dtype=spec.get("dtype", "float32"),
     )
-    config = VMConfig(
-        backbone=from_json(BackboneConfig, spec["backbone"], tables=TableConfig),
-        encoder=from_json(EncoderConfig, spec.get("encoder", {})),
-        train=train,
-    )
+    backbone = from_json(BackboneConfig, spec["backbone"], tables=TableConfig)
+    mesh, seed = make_mesh(MeshConfig(**spec.get("mesh", {}))), spec.get("seed", 0)
+    if spec.get("compressor"):
+        compressor = from_json(CompressorConfig, spec["compressor"])
+        teacher = FMConfig(backbone, tuple(spec["taps"]), compressor, train=train)
+        return Taught(Lessons(inputs, None), teacher, mesh, None, seed)
+    encoder = from_json(EncoderConfig, spec.get("encoder", {}))
+    config = VMConfig(backbone=backbone, encoder=encoder, train=train)
     reading, join, method = data.no_reading(), None, "base"
     if spec.get("histories"):
         histories = data.HistorySpec(**spec["histories"])
-        reading, join = data.join_histories(inputs, histories)
+        timed = encoder.name in TIMED
+        reading, join = data.join_histories(inputs, histories, timed=timed)
         method = "loopfm"
     examples = Examples(inputs, find_method(method), reading, None, join)
-    mesh = make_mesh(MeshConfig(*spec.get("mesh", (1, 1))))
-    past = examples.past(mesh)
-    return Subject(examples, config, mesh, past, spec.get("seed", 0))
+    return Subject(examples, config, mesh, examples.past(mesh), seed)
 
 
 def from_json(kind: Callable[..., Any], values: Mapping[str, Any], **parts: Callable) -> Any:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from loopfm_jax.svg import INK, RC, SERIES, WIDTH, render, variables
+from loopfm_jax.svg import INK, RC, SERIES, WIDTH, render, standalone
 
 Result = Mapping[str, Any]
 COLOURS = {"exact": SERIES[3][0], "fast": SERIES[4][0]}
@@ -28,7 +28,7 @@ def draw(results: Sequence[Result]) -> str | None:
         left.set_yticks(range(len(shown)), [_label(r) for r in shown])
         left.set_ylim(len(shown) - 0.4, -0.6)
         svg = render(figure, "bench")
-    return svg.replace(">", f"><style>:root {{ {variables(dark=False)} }}</style>", 1) + "\n"
+    return standalone(svg)
 
 
 def _first_peers(results: Sequence[Result]) -> list[Result]:

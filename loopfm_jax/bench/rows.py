@@ -179,7 +179,7 @@ def devices(count: int, *, backbone: BackboneConfig = DIN, batch: int = 4096) ->
     return Case(
         name=f"tables/{count}-devices",
         unit="examples/s",
-        ours=(Side("loopfm", env=flags, spec={"mesh": (count, 1)}),),
+        ours=(Side("loopfm", env=flags, spec={"mesh": {"data": count}}),),
         peers=(Side("one-device"),),
         spec={"job": "train", **describe(LOG.schema, backbone, batch)},
         prepare=LOG,

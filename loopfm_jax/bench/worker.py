@@ -1,6 +1,7 @@
 """Our side of a benchmark: `python -m loopfm_jax.bench.worker` answers `bench.protocol`."""
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ from loopfm_jax.bench.exporting import Export, Forward
 from loopfm_jax.bench.feeding import Bytes, Feed
 from loopfm_jax.bench.jobs import Grown, Infer, Latency, Train
 from loopfm_jax.bench.limits import Limits
-from loopfm_jax.bench.protocol import serve
+from loopfm_jax.bench.protocol import Job, Spec, serve
 from loopfm_jax.bench.structuring import Structure, StructureLoop
 
 JOBS = {
@@ -34,10 +35,11 @@ JOBS = {
 XLA_CACHE = Path("~/.cache/loopfm_jax/xla")
 
 
-def main() -> None:
+def main(jobs: Mapping[str, Callable[[Spec], Job]] = JOBS) -> None:
+    """Answers for these jobs; compiled programs are kept between runs."""
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(XLA_CACHE.expanduser())
     jax.config.update("jax_compilation_cache_dir", cache)
-    serve(JOBS, versions=versions(PACKAGES))
+    serve(jobs, versions=versions(PACKAGES))
 
 
 if __name__ == "__main__":

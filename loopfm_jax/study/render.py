@@ -16,7 +16,7 @@ from loopfm_jax.report import pipes, replace_file, text_of
 from loopfm_jax.report_parts import DASH, Grid
 from loopfm_jax.study.notes import notes
 from loopfm_jax.study.paper import PAPER
-from loopfm_jax.svg import INK, RC, SERIES, draw_legend, new_axes, render, style, variables
+from loopfm_jax.svg import INK, RC, SERIES, draw_legend, new_axes, render, standalone, style
 
 INTRODUCTION = (
     "Every number is the AUC of a vertical model on the judged window, mean over seeds, with "
@@ -47,7 +47,7 @@ def write(study: dict[str, Any], directory: Path) -> None:
     }
     for table, section in zip(study["tables"], sections, strict=True):
         for plot in section.figures:
-            texts[f"{table['name']}.svg"] = _standalone(plot.svg)
+            texts[f"{table['name']}.svg"] = standalone(plot.svg)
     for name, text in texts.items():
         replace_file(directory / name, text)
 
@@ -240,8 +240,3 @@ def _bars(table: Table) -> Plot | None:
     draw_legend(figure, table["columns"])
     caption = "Bars: one standard error of the mean difference, paired by seed."
     return Plot(table["title"], caption, render(figure, f"study {table['name']}"))
-
-
-def _standalone(svg: str) -> str:
-    """The picture as a file of its own, in its light colours."""
-    return svg.replace(">", f"><style>:root {{ {variables(dark=False)} }}</style>", 1) + "\n"
