@@ -24,7 +24,7 @@ def test_dropout_keeps_the_mean_and_needs_a_key():
 def test_dice_follows_its_formula_and_statistics_skip_padding():
     x = np.random.default_rng(0).normal(2.0, 3.0, (2, 3, 2)).astype(np.float32)
     mask = np.array([[True, True, False], [True, False, False]])
-    dice = Dice(2, rngs=nnx.Rngs(0))
+    dice = Dice(2)
     dice.alpha_W[...] = jnp.array([0.3, -0.5])
 
     def formula(mean, var):
@@ -36,8 +36,8 @@ def test_dice_follows_its_formula_and_statistics_skip_padding():
     mean, var = x[mask].mean(0), x[mask].var(0)
     got = dice(jnp.asarray(x), train=True, mask=jnp.asarray(mask))
     np.testing.assert_allclose(got, formula(mean, var), rtol=1e-4)
-    np.testing.assert_allclose(dice.norm.mean[...], 0.01 * mean, rtol=1e-5)
-    np.testing.assert_allclose(dice.norm.var[...], 0.99 + 0.01 * var, rtol=1e-5)
+    np.testing.assert_allclose(dice.mean_W[...], 0.01 * mean, rtol=1e-5)
+    np.testing.assert_allclose(dice.variance_W[...], 0.99 + 0.01 * var, rtol=1e-5)
 
 
 def test_mlp_returns_each_hidden_activation_then_its_output():

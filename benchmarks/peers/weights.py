@@ -155,8 +155,9 @@ def _mlp(block: MLP_Block, path: Path) -> Iterator[Pair]:
     for i, norm in enumerate(norms):
         yield from _norm(norm, (*path, "norms", i))
     for i, dice in enumerate(m for m in layers if isinstance(m, Dice)):
-        yield from _norm(dice.bn, (*path, "dice", i, "norm"))
-        yield Pair(f"{path} alpha", dice.alpha, ((*path, "dice", i, "alpha_W"),), np.asarray)
+        own = {"mean_W": dice.bn.running_mean, "variance_W": dice.bn.running_var}
+        for name, tensor in {**own, "alpha_W": dice.alpha}.items():
+            yield Pair(f"{path} {name}", tensor, ((*path, "dice", i, name),), np.asarray)
     if isinstance(layers[-1], nn.Linear):
         yield from _linear(linears.pop(), (*path, "out"))
     for i, linear in enumerate(linears):

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from loopfm_jax.backbones.config import BackboneConfig
-from loopfm_jax.backbones.layers import Key, Mlp, dense, dropout, weights, wide
+from loopfm_jax.backbones.layers import Key, Mlp, dense, dropout, split, weights, wide
 from loopfm_jax.packing import BLOCK, Tokens
 
 
@@ -55,9 +55,12 @@ class Scores(nnx.Module):
         first_TW = self.first_layer(query_TM, events_TM)
         return self.mlp.after_first(first_TW, key=key, mask=tokens.real_T)[-1][:, 0]
 
-    def by_block(self, f: Callable[..., Any]) -> Callable[..., Any]:
+    def by_block(self, f: Callable[..., Any], *, key: Key) -> Callable[..., Any]:
         """As the function of that name, if the scores of a part do not depend on the rest."""
-        return f if self.mlp.dice else by_block(f)
+        return f if self._together(key) else by_block(f)
+
+    def _together(self, key: Key) -> bool:
+        return bool(self.mlp.dice) and key is not None
 
     def __call__(
         self,
@@ -68,11 +71,41 @@ class Scores(nnx.Module):
         key: Key,
     ) -> jax.Array:
         """query: tokens -> what their events are scored for, [T,M]."""
+        if self._together(key):
+            return self._by_layer(query, events_TM, tokens, key=key)
 
         def score(tokens: Tokens, events_TM: jax.Array, *, key: Key) -> jax.Array:
             return self.score(tokens, query(tokens), events_TM, key=key)
 
-        return self.by_block(score)(tokens, events_TM, key=key)
+        return by_block(score)(tokens, events_TM, key=key)
+
+    def _by_layer(
+        self,
+        query: Callable[[Tokens], jax.Array],
+        events_TM: jax.Array,
+        tokens: Tokens,
+        *,
+        key: Key,
+    ) -> jax.Array:
+        """As a call: block by block from the statistics of one Dice to those of the next."""
+
+        def first(tokens: Tokens, events_TM: jax.Array, *, key: Key) -> jax.Array:
+            return self.first_layer(query(tokens), events_TM)
+
+        assert self.mlp.out is not None
+        x_TW = by_block(first)(tokens, events_TM, key=None)
+        layers = [*self.mlp.layers[1:], self.mlp.out]
+        keys = split(key, len(layers))
+        for dice, layer, own in zip(self.mlp.dice, layers, keys, strict=True):
+            fitted = dice.fit(x_TW, tokens.real_T)
+
+            def after(
+                tokens: Tokens, x_TW: jax.Array, *, key: Key, dice=dice, layer=layer, fitted=fitted
+            ) -> jax.Array:
+                return layer(dropout(dice.gate(x_TW, *fitted), self.mlp.rate, key))
+
+            x_TW = by_block(after)(tokens, x_TW, key=own)
+        return x_TW[:, 0]
 
 
 def by_block(f: Callable[..., Any]) -> Callable[..., Any]:

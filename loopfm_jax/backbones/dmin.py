@@ -74,7 +74,7 @@ class Head(nnx.Module):
             query = self.query(target_BM, tokens) if self.query else tokens.spread(target_BM)
             return self.scores.score(tokens, query, head_TM, key=score_key), head_TM
 
-        score_T, head_TM = self.scores.by_block(see)(tokens, events_TM, seen_TD, key=key)
+        score_T, head_TM = self.scores.by_block(see, key=key)(tokens, events_TM, seen_TD, key=key)
         return tokens.softmax(score_T), head_TM
 
 

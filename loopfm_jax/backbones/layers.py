@@ -110,29 +110,51 @@ class Dice(nnx.Module):
     differ as in `batch_norm`.
     """
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.norm = nnx.BatchNorm(
-            width,
-            momentum=0.99,
-            epsilon=1e-9,
-            use_bias=False,
-            use_scale=False,
-            # The squared-mean shortcut loses to rounding far above this epsilon.
-            use_fast_variance=False,
-            rngs=rngs,
-        )
+    MOMENTUM, EPSILON = 0.99, 1e-9
+
+    def __init__(self, width: int):
+        self.mean_W = nnx.BatchStat(jnp.zeros(width))
+        self.variance_W = nnx.BatchStat(jnp.ones(width))
         self.alpha_W = nnx.Param(jnp.zeros(width))
 
     def __call__(
         self, x: jax.Array, *, train: bool = False, mask: jax.Array | None = None
     ) -> jax.Array:
         """x [..., W], mask [...] True = real -> [..., W]."""
-        if mask is not None:
-            # A batch without a single event would divide by zero.
-            mask = (mask | ~mask.any())[..., None]
-        p = jax.nn.sigmoid(self.norm(wide(x), use_running_average=not train, mask=mask))
-        alpha = self.alpha_W[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        if not train:
+            return self.gate(x, self.mean_W[...], self.variance_W[...])
+        width = x.shape[-1]
+        real_N = jnp.ones(x.size // width, bool) if mask is None else mask.reshape(-1)
+        return self.gate(x, *self.fit(x.reshape(-1, width), real_N))
+
+    def fit(self, x_NW: jax.Array, real_N: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and variance [W] of the real rows, which the running ones learn of."""
+        mean_W, variance_W = moments(wide(x_NW), real_N)
+        for running, now in ((self.mean_W, mean_W), (self.variance_W, variance_W)):
+            running[...] = self.MOMENTUM * running[...] + (1 - self.MOMENTUM) * now
+        return mean_W, variance_W
+
+    def gate(self, x: jax.Array, mean_W: jax.Array, variance_W: jax.Array) -> jax.Array:
+        """[..., W], by these statistics."""
+        mean, scale, alpha = (
+            v.reshape((1,) * (x.ndim - 1) + (-1,))
+            for v in (mean_W, jax.lax.rsqrt(variance_W + self.EPSILON), self.alpha_W[...])
+        )
+        p = jax.nn.sigmoid((wide(x) - mean) * scale)
         return ((p + alpha * (1 - p)) * x).astype(x.dtype)
+
+
+@jax.checkpoint  # what is between would be as large as x, several times
+def moments(x_NW: jax.Array, real_N: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance of the real rows, [W]; of all where there is none.
+
+    By the distance from the mean: the difference of squared means loses to rounding far above the
+    epsilon of `Dice`.
+    """
+    weight_N = (real_N | ~real_N.any()).astype(x_NW.dtype)
+    weight_N /= weight_N.sum()
+    mean_W = weight_N @ x_NW
+    return mean_W, weight_N @ jnp.square(x_NW - mean_W[None])
 
 
 class Mlp(nnx.Module):
@@ -169,7 +191,7 @@ class Mlp(nnx.Module):
             for i, o in zip(widths[:-1], widths[1:], strict=True)
         )
         self.norms = nnx.List(batch_norm(w, rngs=rngs) for w in hidden if norm == "hidden")
-        self.dice = nnx.List(Dice(w, rngs=rngs) for w in hidden if activation == "dice")
+        self.dice = nnx.List(Dice(w) for w in hidden if activation == "dice")
         self.out = dense(hidden[-1], out, rngs=rngs) if out else None
 
     def __call__(
