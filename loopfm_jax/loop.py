@@ -164,7 +164,13 @@ def make_step(
 ) -> Callable[..., Any]:
     """The jitted step (state, batch, constants) -> (state, numbers); the old state is donated."""
 
+    mesh = shardings.step.mesh.abstract_mesh
+
     def step(state: State, batch: dict[str, jax.Array], constants: Any) -> tuple[State, Any]:
+        with jax.sharding.use_abstract_mesh(mesh):
+            return learn(state, batch, constants)
+
+    def learn(state: State, batch: dict[str, jax.Array], constants: Any) -> tuple[State, Any]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
 
         def loss(model: nnx.Module) -> tuple[jax.Array, Any]:

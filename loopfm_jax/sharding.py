@@ -45,6 +45,12 @@ def make_mesh(config: MeshConfig) -> Mesh:
     return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 2, devices=devices[:wanted])
 
 
+def data_shards() -> int:
+    """Into how many parts the step that is being traced splits its batch; 1 if nobody said so
+    (`jax.sharding.use_abstract_mesh`)."""
+    return jax.sharding.get_abstract_mesh().shape.get("data", 1)
+
+
 def split(mesh: Mesh, *axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*axes))
 

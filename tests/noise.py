@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 M = TypeVar("M", bound=nnx.Module)
-MIDDLE = {"scale": 1.0, "var": 1.0, "variance_D": 1.0}
+MIDDLE = {"scale": 1.0, "var": 1.0, "variance_D": 1.0, "variance_W": 1.0}
 
 
 def noisy(create: Callable[[nnx.Rngs], M], *, seed: int = 0) -> M:

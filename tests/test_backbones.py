@@ -163,7 +163,9 @@ def test_training_uses_its_key_and_updates_only_statistics(case):
     assert (np.asarray(a) != np.asarray(b)).any() == drops
     before, after = flat(m.rest), flat(rest)
     changed = {n for n in before if (before[n] != after[n]).any()}
-    assert changed == {n for n in before if n.endswith(("['mean']", "['var']"))}
+    assert changed == {
+        n for n in before if n.endswith(("['mean']", "['var']", "['mean_W']", "['variance_W']"))
+    }
 
 
 @every_case

@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from loopfm_jax.backbones.config import BackboneConfig
 from loopfm_jax.backbones.layers import Key, Mlp, dense, dropout, split, weights, wide
 from loopfm_jax.packing import BLOCK, Tokens
+from loopfm_jax.sharding import data_shards
 
 
 class Scores(nnx.Module):
@@ -109,22 +110,34 @@ class Scores(nnx.Module):
 
 
 def by_block(f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f(tokens, *per_token, key=..)` over BLOCK tokens at a time, computed again for the gradient.
+    """`f(tokens, *per_token, key=..)` over BLOCK tokens of a device at a time, computed again for
+    the gradient.
 
     On CPU only: what a block needs stays in the cache, and memory does not grow with T. An
     accelerator wants the large products, and few tokens are one block anyway.
     """
 
     def run(tokens: Tokens, *per_token: jax.Array, key: Key) -> Any:
-        slots = len(tokens.real_T)
-        if jax.default_backend() != "cpu" or slots % BLOCK or slots == BLOCK:
+        slots, parts = len(tokens.real_T), data_shards()
+        if jax.default_backend() != "cpu" or slots % BLOCK or slots % parts or slots == BLOCK:
             return f(tokens, *per_token, key=key)
-        count = slots // BLOCK
-        blocks = jax.tree.map(lambda x: x.reshape(count, BLOCK, *x.shape[1:]), (tokens, *per_token))
+        share = slots // parts
+        count = next(n for n in range(-(-share // BLOCK), share + 1) if share % n == 0)
+
+        def divide(x: jax.Array) -> jax.Array:
+            # A block holds tokens of every device's share, or one would work while others wait.
+            x = jnp.moveaxis(x.reshape(parts, count, share // count, *x.shape[1:]), 1, 0)
+            return x.reshape(count, slots // count, *x.shape[3:])
+
+        def join(x: jax.Array) -> jax.Array:
+            x = jnp.moveaxis(x.reshape(count, parts, share // count, *x.shape[2:]), 1, 0)
+            return x.reshape(slots, *x.shape[3:])
+
+        blocks = jax.tree.map(divide, (tokens, *per_token))
         keys = None if key is None else jax.random.split(key, count)
         part = jax.checkpoint(lambda at, key: f(*at, key=key))
         found = jax.lax.map(lambda at: part(*at), (blocks, keys))
-        return jax.tree.map(lambda x: x.reshape(slots, *x.shape[2:]), found)
+        return jax.tree.map(join, found)
 
     return run
 
