@@ -52,7 +52,7 @@ def get_config() -> Config:
             backbone=BackboneConfig(hidden=(64, 32), tables=TABLES),
             encoder=EncoderConfig(name="dien", width=32, score_hidden=(32, 16)),
             train=TrainConfig(
-                order=OrderConfig(order="shuffled", batch=512),
+                order=OrderConfig(order="shuffled", batch=512, epochs=3),
                 optim=OptimConfig(learning_rate=5e-3, cooldown=0.9),
             ),
         ),

@@ -164,7 +164,8 @@ def make_step(
 ) -> Callable[..., Any]:
     """The jitted step (state, batch, constants) -> (state, numbers); the old state is donated."""
 
-    mesh = shardings.step.mesh.abstract_mesh
+    where: Any = shardings.step  # the shardings have the form of the state
+    mesh = where.mesh.abstract_mesh
 
     def step(state: State, batch: dict[str, jax.Array], constants: Any) -> tuple[State, Any]:
         with jax.sharding.use_abstract_mesh(mesh):

@@ -138,7 +138,13 @@ def _decay(config: OptimConfig) -> optax.GradientTransformation:
 def _clip(config: OptimConfig) -> optax.GradientTransformation:
     """By the norm of the model's gradient and, apart, of the compressor's, which trains beside the
     FM and must not weaken its updates."""
-    clip = optax.clip_by_global_norm(config.clip_norm)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        # One number for all: optax divides every gradient, an array as large as the tables more.
+        scale = config.clip_norm / jnp.maximum(optax.global_norm(updates), config.clip_norm)
+        return jax.tree.map(lambda g: g * scale, updates), state
+
+    clip = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
     return optax.partition({"model": clip, "compressor": clip}, _part)
 
 

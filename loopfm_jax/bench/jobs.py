@@ -71,12 +71,17 @@ class Train:
     def run(self, *, seconds: float, steps: int) -> Measured:
         batch = self.subject.config.train.order.batch
         self.ticks.clear()
-        return timed(
+        self._waited = 0.0
+        found = timed(
             self._one, self._read, seconds=seconds, steps=steps, examples=batch, losses=self._losses
         )
+        return replace(found, more={"wait_share": self._waited / found.seconds})
 
     def _one(self) -> None:
-        self.step(next(self._batches))
+        asked = time.perf_counter()
+        batch = next(self._batches)
+        self._waited += time.perf_counter() - asked
+        self.step(batch)
 
     def step(self, batch: Batch) -> None:
         """Dispatches a step and reads the numbers of the one before."""

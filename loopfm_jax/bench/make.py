@@ -61,25 +61,25 @@ def make(config: BenchConfig, *, command: str) -> dict[str, Any]:
         limits = _limits()
         say(report.limits_line(limits))
         bench = Bench(folder, config.rounds, config.seconds, python, limits)
-        results = [result for case in cases for result in _run(case, bench)]
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    found = finite(
-        {
+        found = {
             "device": device_name(limits),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
             "date": date.today().isoformat(),
             "command": command,
-            "minutes": (time.monotonic() - started) / 60,
+            "minutes": 0.0,
             "versions": versions(PACKAGES) | {"python": sys.version.split()[0]} | peer_versions,
             "commit": _commit(),
             "limits": limits,
-            "results": results,
+            "results": [],
         }
-    )
+        for case in cases:
+            found["results"] += finite(_run(case, bench))
+            found["minutes"] = (time.monotonic() - started) / 60
+            if config.out is not None:
+                _write(found, config.out)  # after every row: a run that is cut off keeps the others
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     _show(found)
-    if config.out is not None:
-        _write(found, config.out)
     return found
 
 

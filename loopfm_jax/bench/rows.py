@@ -31,6 +31,8 @@ from loopfm_jax.optim import OptimConfig
 
 TAOBAO = PUBLIC["TaobaoAd_x1"]
 LOG, PREPARED = LogSpec(TAOBAO.schema), PreparedSpec(TAOBAO.schema)
+SHORT_LOG = replace(LOG, rows=16_384)
+"""Where a step is the whole log."""
 HISTORIES = HistorySpec()
 OPTIM = OptimConfig(embedding_l2=5e-6)
 FAST = Side("loopfm", "fast", spec={"optim": {**asdict(OPTIM), "tables": "rowwise_adagrad"}})
@@ -128,7 +130,12 @@ def vm_infer(name: str, backbone: BackboneConfig, *, batch: int, prepare: LogSpe
     )
 
 
-def export(backbone: BackboneConfig, *, batch: int = 4096, prepare: LogSpec = LOG) -> Case:
+def export(
+    backbone: BackboneConfig,
+    *,
+    batch: int = 4096,
+    prepare: LogSpec = SHORT_LOG,
+) -> Case:
     """Logging codes and soft labels, beside predicting alone and the same program at rest."""
     return Case(
         name=f"export/{backbone.name}",
