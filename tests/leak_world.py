@@ -205,7 +205,7 @@ class World:
         log, splits = self.loaded
         other = replace(log, columns={**log.columns, "label": label})
         for module in (flow, inputs):
-            monkeypatch.setattr(module, "load", lambda _: (other, splits))
+            monkeypatch.setattr(module, "load", lambda _, **__: (other, splits))
 
     # ------------------------------------------------------------------- what may be seen
 

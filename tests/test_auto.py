@@ -48,7 +48,7 @@ def test_the_best_that_is_clearly_above_base_or_base(loopfm, monkeypatch, skill,
 
     monkeypatch.setattr(auto, "_predictions", predictions)
     log, splits = {"label": label}, {"validation": slice(0, len(label))}
-    monkeypatch.setattr(auto, "load", lambda _: (log, splits))
+    monkeypatch.setattr(auto, "load", lambda _, residency: (log, splits))
     loopfm.succeed("run", "--transfer", "auto")
     facts = json.loads((loopfm.workdir / "auto/choice/manifest.json").read_text())["facts"]
     assert (facts["method"], facts["gamma"]) == choice
