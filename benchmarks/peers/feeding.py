@@ -2,9 +2,9 @@
 
 `whole` is its loader of one npz, which is in memory; `blocks` that of a folder of them, for data
 larger than memory. Each with no worker process or with one, whichever is faster here. Its loader of
-Parquet, the default, hands rows to Ray; in the container of the measurement it made no batch within
-a minute, and it is left out. Rows are written as FuxiCTR writes them: a column an id, sequences
-padded in front.
+Parquet, the default, hands rows to Ray, which wants aiohttp besides; where that was missing and its
+import stubbed, it made no batch within minutes: left out. Rows are written as FuxiCTR writes them:
+a column an id, sequences padded in front.
 """
 
 import time
