@@ -96,8 +96,9 @@ def changed(past: Past, *, codes, outcome=None) -> Past:
 @cache
 def compiled(what: str, schema: Schema, pack):
     """A program over (batch, past): serving logits [B]; their slopes by the stored numbers
-    [B,S,Z]; or the logits [S,B] after each stored row in turn was turned over. `pack` is the
-    student's own at this moment: with another one it is another program."""
+    [B,S,Z]; or the logits [S+1,B] after each stored row in turn was turned over, and at last none
+    (another program may round otherwise). `pack` is the student's own at this moment: with another
+    one it is another program."""
     assert pack is reader.pack
     graphdef, params, rest = parts(
         noisy(lambda rngs: Student(schema, VM, METHOD, READING, rngs=rngs))
@@ -125,7 +126,7 @@ def compiled(what: str, schema: Schema, pack):
                 ),
             )
 
-        return jax.lax.map(turn, jnp.arange(len(codes)))
+        return jax.lax.map(turn, jnp.arange(len(codes) + 1))  # the last is out of bounds
 
     program = {"logits": logits, "slopes": slopes, "turned over": turned_over}[what]
     return jax.jit(program)
