@@ -9,8 +9,8 @@ entries of 32 int4 numbers from a store of a million on the device). Tables are 
 rows, so that what is measured is the dense part. The FM trains with its compressor, as in
 `train-fm`.
 
-Two cores with 24 GiB: about a quarter of an hour; sizes that do not fit are left out by name. One
-accelerator wants larger batches (last line above). Not yet measured; see configs/README.md.
+Sizes that do not fit are left out by name. An accelerator wants larger batches (last line above).
+Not yet measured; see configs/README.md.
 """
 
 from pathlib import Path

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 MMAP_MAX, TRIM_THRESHOLD = -4, -1
+GROUP = Path("/sys/fs/cgroup")
+"""A container's limits: no such files outside one, `max` in them where nothing is limited."""
 
 
 def keep_freed() -> None:
@@ -22,19 +24,19 @@ def keep_freed() -> None:
 
 
 def host_bytes() -> int:
-    """Memory of the machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Memory of the machine, or of the control group where that is less."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(machine, _number(GROUP / "memory.max", r"^(\d+)$") or machine)
 
 
 def free_bytes() -> int | None:
     """What processes may still take: of the machine, or of the control group where that is less;
     None where there is no /proc."""
     free = _number(Path("/proc/meminfo"), r"MemAvailable:\s+(\d+)", unit=1024)
-    group = Path("/sys/fs/cgroup")  # no such files where there is none; `max` where it is free
-    limit, used = (_number(group / f"memory.{x}", r"^(\d+)$") for x in ("max", "current"))
+    limit, used = (_number(GROUP / f"memory.{x}", r"^(\d+)$") for x in ("max", "current"))
     if free is None or limit is None or used is None:
         return free
-    cached = _number(group / "memory.stat", r"^inactive_file (\d+)$") or 0
+    cached = _number(GROUP / "memory.stat", r"^inactive_file (\d+)$") or 0
     return min(free, limit - used + cached)
 
 

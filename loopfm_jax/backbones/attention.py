@@ -24,6 +24,9 @@ from loopfm_jax.backbones.layers import Key, Mlp, dense, dropout, split, weights
 from loopfm_jax.packing import BLOCK, Tokens
 from loopfm_jax.sharding import data_shards
 
+Asked = Callable[[Tokens], jax.Array]
+"""Tokens, all or a block of them -> what their events are scored for, [T,M]."""
+
 
 class Scores(nnx.Module):
     """Queries and events [T,M] -> scores [T], float32; those of unreal slots mean nothing."""
@@ -64,14 +67,8 @@ class Scores(nnx.Module):
         return bool(self.mlp.dice) and key is not None
 
     def __call__(
-        self,
-        query: Callable[[Tokens], jax.Array],
-        events_TM: jax.Array,
-        tokens: Tokens,
-        *,
-        key: Key,
+        self, query: Asked, events_TM: jax.Array, tokens: Tokens, *, key: Key
     ) -> jax.Array:
-        """query: tokens -> what their events are scored for, [T,M]."""
         if self._together(key):
             return self._by_layer(query, events_TM, tokens, key=key)
 
@@ -81,12 +78,7 @@ class Scores(nnx.Module):
         return by_block(score)(tokens, events_TM, key=key)
 
     def _by_layer(
-        self,
-        query: Callable[[Tokens], jax.Array],
-        events_TM: jax.Array,
-        tokens: Tokens,
-        *,
-        key: Key,
+        self, query: Asked, events_TM: jax.Array, tokens: Tokens, *, key: Key
     ) -> jax.Array:
         """As a call: block by block from the statistics of one Dice to those of the next."""
 

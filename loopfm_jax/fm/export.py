@@ -46,9 +46,8 @@ def export(
         lessons.builder(fm_config), fm, mesh, pretrained=lessons.inputs.log.pretrained
     )
     first = facts["first"]
-    exporter, losses = fit(
-        lessons, model, config, fm_config, mesh=mesh, seed=seed, before=first, directory=directory
-    )
+    run: dict[str, Any] = {"seed": seed, "directory": directory}
+    exporter, losses = fit(lessons, model, config, fm_config, mesh=mesh, before=first, **run)
     rows = np.arange(first, len(lessons.inputs.log))
     writers = open_writers(directory, len(rows), exporter.codecs)
     time, cutoff_ms = lessons.inputs.log["time"], facts["cutoff_ms"]
@@ -56,16 +55,7 @@ def export(
     if config.refresh == "fixed":
         logged["measured"] = {"examples_per_s": exporter.run(rows, writers, title="export")}
     else:
-        logged = refresh.run(
-            exporter,
-            config,
-            fm_config,
-            rows,
-            writers,
-            cutoff_ms=cutoff_ms,
-            seed=seed,
-            directory=directory,
-        )
+        logged = refresh.run(exporter, config, fm_config, rows, writers, cutoff_ms=cutoff_ms, **run)
     for writer in writers.values():
         writer.flush()
     soft, label = np.asarray(writers["soft"]), lessons.inputs.log["label"][rows]

@@ -90,7 +90,7 @@ class Pace:
     def run(self, *, seconds: float, steps: int) -> Measured:
         found = self._train.run(seconds=seconds, steps=steps)
         told = jax.local_devices()[0].memory_stats() or {}
-        more = {"step_s": statistics.median(np.diff(self._train.ticks).tolist())}
+        more = {**found.more, "step_s": statistics.median(np.diff(self._train.ticks).tolist())}
         if "peak_bytes_in_use" in told:
             more["peak_device_bytes"] = told["peak_bytes_in_use"]
         return replace(found, more=more)
