@@ -11,4 +11,8 @@ Dimension key, used as array suffixes everywhere:
     W hidden width  H heads                V vocabulary rows
 """
 
+from loopfm_jax.memory import share_arena
+
 __version__ = "0.1.0"
+
+share_arena()  # here, because libraries start threads when they are imported

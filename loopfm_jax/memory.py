@@ -5,9 +5,18 @@ import os
 import re
 from pathlib import Path
 
-MMAP_MAX, TRIM_THRESHOLD = -4, -1
+MMAP_MAX, TRIM_THRESHOLD, ARENA_MAX = -4, -1, -8
 GROUP = Path("/sys/fs/cgroup")
 """A container's limits: no such files outside one, `max` in them where nothing is limited."""
+
+
+def share_arena() -> None:
+    """One heap for all threads, where the C library is glibc: call before any is started.
+
+    A thread with a heap of its own maps every large block anew, whatever `keep_freed` asks, and on
+    CPU a step runs in such a thread.
+    """
+    _set_options({ARENA_MAX: 1})
 
 
 def keep_freed() -> None:
@@ -17,10 +26,14 @@ def keep_freed() -> None:
     32 MB: some ten thousand page faults, half the time of a VM step. The price: the process
     holds on to its peak.
     """
+    _set_options({MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1})
+
+
+def _set_options(options: dict[int, int]) -> None:
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
-        set_option(MMAP_MAX, 0)
-        set_option(TRIM_THRESHOLD, 2**31 - 1)
+        for name, value in options.items():
+            set_option(name, value)
 
 
 def host_bytes() -> int:
