@@ -12,6 +12,7 @@ from flax import nnx
 from noise import named, noisy
 
 from loopfm_jax import packing
+from loopfm_jax.backbones import blockwise
 from loopfm_jax.backbones.attention import self_attend
 from loopfm_jax.errors import UserError
 from loopfm_jax.history.encoders import ENCODERS, TIMED, EncoderConfig
@@ -215,6 +216,26 @@ def test_self_attention_sees_entries_as_old_or_older(layout):
     segment, rank, real = (np.asarray(x) for x in (tokens.segment_T, tokens.rank_T, tokens.real_T))
     older_TT = (segment[:, None] == segment) & (rank[None] >= rank[:, None]) & real
     np.testing.assert_array_equal(sees_TT[real], older_TT[real])
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_self_attention_by_block_is_that_of_all_at_once(devices, monkeypatch):
+    """Values and gradients, of examples that begin in one block and end in the next."""
+    length_B = np.array([3, 4, 0, 4, 1, 2], np.int32)
+    tokens = jax.jit(lambda n: packing.lay_out(n, slots=16, longest=L))(length_B)
+    real_T11 = np.asarray(tokens.real_T)[:, None, None]
+
+    def loss(qkv_TX):
+        seen_THD = jnp.where(real_T11, self_attend(qkv_TX, tokens, heads=CONFIG.heads), 0)
+        return jnp.sin(seen_THD).sum(), seen_THD
+
+    learn = jax.grad(loss, has_aux=True)
+    given = draw(16, 3 * W)
+    whole = learn(given)
+    monkeypatch.setattr(blockwise, "BLOCK", 4)
+    monkeypatch.setattr(blockwise, "data_shards", lambda: devices)
+    assert "scan" in str(jax.make_jaxpr(learn)(given))
+    jax.tree.map(close, learn(given), whole)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from backbone_cases import CASES, B, L
 from flax import nnx
 from noise import noisy
 
-from loopfm_jax.backbones import BackboneConfig, attention
+from loopfm_jax.backbones import BackboneConfig, blockwise
 from loopfm_jax.backbones.attention import Query, Scores
 from loopfm_jax.backbones.behaviours import Interest, Seen
 from loopfm_jax.backbones.config import Spec
@@ -145,7 +145,7 @@ def test_first_score_layer_equals_its_concatenated_form(position_width):
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_scores_by_block_are_those_of_all_at_once(rate, monkeypatch):
     """Values and gradients; with dropout, that a block drops its own."""
-    monkeypatch.setattr(attention, "BLOCK", 4)
+    monkeypatch.setattr(blockwise, "BLOCK", 4)
     config = BackboneConfig(attention_hidden=(6, 5), attention_dropout=rate)
     scores = noisy(lambda rngs: Scores(config, M, rngs=rngs, dtype=jnp.float32))
     graphdef, params = nnx.split(scores)
@@ -166,7 +166,7 @@ def test_scores_by_block_are_those_of_all_at_once(rate, monkeypatch):
     tiled = score(*alike, key)
     assert (len(np.unique(np.round(tiled, 5))) > 1) == (rate > 0)
     if not rate:
-        monkeypatch.setattr(attention, "BLOCK", 2048)
+        monkeypatch.setattr(blockwise, "BLOCK", 2048)
         whole = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*given, key)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), blocks, whole)
 

@@ -21,6 +21,19 @@ def test_dropout_keeps_the_mean_and_needs_a_key():
     assert np.abs(together).max() < 0.03
 
 
+def test_dropped_places_have_nothing_to_do_with_each_other():
+    """Neighbours, columns of an MLP, two keys: correlations within what chance gives (5 sigma)."""
+    keys = jax.random.split(jax.random.key(3), 8)
+    kept_KN = np.stack([np.asarray(dropout(jnp.ones(2**16), 0.2, key)) > 0 for key in keys])
+    limit = 5 / 2**8
+    for apart in (1, 2, 3, 4, 8, 64, 512, 1024):
+        for kept_N in kept_KN:
+            assert abs(np.corrcoef(kept_N[:-apart], kept_N[apart:])[0, 1]) < limit
+    assert np.abs(np.corrcoef(kept_KN) - np.eye(len(keys))).max() < limit
+    by_column = kept_KN.reshape(-1, 512).mean(axis=0)
+    assert np.abs(by_column - 0.8).max() < 5 * np.sqrt(0.8 * 0.2 / 1024)
+
+
 def test_dice_follows_its_formula_and_statistics_skip_padding():
     x = np.random.default_rng(0).normal(2.0, 3.0, (2, 3, 2)).astype(np.float32)
     mask = np.array([[True, True, False], [True, False, False]])

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from loopfm_jax.backbones.blockwise import by_block
 from loopfm_jax.backbones.config import BackboneConfig
 from loopfm_jax.backbones.layers import Key, Mlp, dense, dropout, split, weights, wide
-from loopfm_jax.packing import BLOCK, Tokens
-from loopfm_jax.sharding import data_shards
+from loopfm_jax.packing import Tokens
 
 Asked = Callable[[Tokens], jax.Array]
 """Tokens, all or a block of them -> what their events are scored for, [T,M]."""
@@ -101,39 +101,6 @@ class Scores(nnx.Module):
         return x_TW[:, 0]
 
 
-def by_block(f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f(tokens, *per_token, key=..)` over BLOCK tokens of a device at a time, computed again for
-    the gradient.
-
-    On CPU only: what a block needs stays in the cache, and memory does not grow with T. An
-    accelerator wants the large products, and few tokens are one block anyway.
-    """
-
-    def run(tokens: Tokens, *per_token: jax.Array, key: Key) -> Any:
-        slots, parts = len(tokens.real_T), data_shards()
-        if jax.default_backend() != "cpu" or slots % BLOCK or slots % parts or slots == BLOCK:
-            return f(tokens, *per_token, key=key)
-        share = slots // parts
-        count = next(n for n in range(-(-share // BLOCK), share + 1) if share % n == 0)
-
-        def divide(x: jax.Array) -> jax.Array:
-            # A block holds tokens of every device's share, or one would work while others wait.
-            x = jnp.moveaxis(x.reshape(parts, count, share // count, *x.shape[1:]), 1, 0)
-            return x.reshape(count, slots // count, *x.shape[3:])
-
-        def join(x: jax.Array) -> jax.Array:
-            x = jnp.moveaxis(x.reshape(count, parts, share // count, *x.shape[2:]), 1, 0)
-            return x.reshape(slots, *x.shape[3:])
-
-        blocks = jax.tree.map(divide, (tokens, *per_token))
-        keys = None if key is None else jax.random.split(key, count)
-        part = jax.checkpoint(lambda at, key: f(*at, key=key))
-        found = jax.lax.map(lambda at: part(*at), (blocks, keys))
-        return jax.tree.map(join, found)
-
-    return run
-
-
 class Query(nnx.Module):
     """W [target ; position] + b, for every token; no positions where their width is 0."""
 
@@ -175,6 +142,14 @@ def self_attend(
     Returns:
       [T,H,D].
     """
+
+    def attend(tokens: Tokens, qkv_TX: jax.Array, *, key: Key) -> jax.Array:
+        return _attend(qkv_TX, tokens, heads=heads, rate=rate, key=key)
+
+    return by_block(attend, ahead=tokens.length)(tokens, qkv_TX, key=key)
+
+
+def _attend(qkv_TX: jax.Array, tokens: Tokens, *, heads: int, rate: float, key: Key) -> jax.Array:
     (slots, width), length = qkv_TX.shape, tokens.length
     size = width // (3 * heads)
 
