@@ -115,11 +115,20 @@ def packed(examples: Examples, batch: Mapping[str, Any]) -> list[tuple[str, str,
 
 def smallest_share(examples: Examples, batch: Mapping[str, Any], size: int) -> float:
     """The first of SHARES that has room for all tokens of a batch of at most `size` examples."""
-    needed = [
-        int(batch[kind][name]["length_B"].sum()) / (size * longest)
-        for kind, name, longest in packed(examples, batch)
-    ]
-    return next(share for share in SHARES if share >= max(needed, default=0))
+    parts = packed(examples, batch)
+
+    def fits(share: float) -> bool:
+        return all(
+            int(batch[kind][name]["length_B"].sum()) <= room(size, longest, share)
+            for kind, name, longest in parts
+        )
+
+    return next(filter(fits, SHARES))
+
+
+def room(examples: int, longest: int, share: float) -> int:
+    """Token slots of a program."""
+    return -(-math.ceil(examples * longest * share) // 8) * 8
 
 
 def fill(
@@ -133,7 +142,7 @@ def fill(
     filled: dict[str, Any] = {name: _grow(part, examples) for name, part in plain.items()}
     filled |= {kind: {} for kind in ("slices", "events") if kind in batch}
     for kind, name, longest in parts:
-        slots = -(-math.ceil(examples * longest * share) // 64) * 64
+        slots = room(examples, longest, share)
         filled[kind][name] = {
             column: _grow(values, examples if column.endswith("_B") else slots)
             for column, values in batch[kind][name].items()

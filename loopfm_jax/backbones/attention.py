@@ -24,6 +24,9 @@ from loopfm_jax.backbones.config import BackboneConfig
 from loopfm_jax.backbones.layers import Key, Mlp, dense, dropout, split, weights, wide
 from loopfm_jax.packing import Tokens
 
+FEW = 64
+"""Tokens of which the first layer of scores is cheaper than adding up its kernels."""
+
 Asked = Callable[[Tokens], jax.Array]
 """Tokens, all or a block of them -> what their events are scored for, [T,M]."""
 
@@ -46,6 +49,9 @@ class Scores(nnx.Module):
     def first_layer(self, query_TM: jax.Array, events_TM: jax.Array) -> jax.Array:
         """The MLP's first layer on [t, H, t-H, t*H] without building that, [T,W]."""
         query_TM, events_TM = query_TM.astype(self.dtype), events_TM.astype(self.dtype)
+        if len(events_TM) <= FEW:
+            seen = [query_TM, events_TM, query_TM - events_TM, query_TM * events_TM]
+            return self.mlp.layers[0](jnp.concatenate(seen, axis=1))
         kernel, bias_W = weights(self.mlp.layers[0])
         a_MW, b_MW, c_MW, d_MW = jnp.split(kernel, 4)
         kernel_XW = jnp.concatenate([b_MW - c_MW, d_MW, a_MW + c_MW]).astype(self.dtype)
