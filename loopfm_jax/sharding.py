@@ -4,6 +4,7 @@
 devices, dense kernels by columns over `model`, batches over `data`; everything else is replicated.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from loopfm_jax.errors import UserError, check_limits
 
+ALL = ("data", "model")
+"""The axes of every mesh."""
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"rows_VE$", PartitionSpec(("data", "model"), None)),
+    (r"rows_VE$", PartitionSpec(ALL, None)),
     (r"(hidden|dnn).*kernel$", PartitionSpec(None, "model")),
 )
 
@@ -41,14 +44,14 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"mesh data={config.data} x model={config.model} needs {wanted} devices, but there are "
             f"{len(devices)} ({devices[0].platform}): lower --mesh.data or --mesh.model"
         )
-    shape, names = (config.data, config.model), ("data", "model")
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 2, devices=devices[:wanted])
+    shape = config.data, config.model
+    return jax.make_mesh(shape, ALL, axis_types=(AxisType.Auto,) * 2, devices=devices[:wanted])
 
 
-def data_shards() -> int:
-    """Into how many parts the step that is being traced splits its batch; 1 if nobody said so
+def devices() -> int:
+    """How many the step that is being traced runs on; 1 if nobody said so
     (`jax.sharding.use_abstract_mesh`)."""
-    return jax.sharding.get_abstract_mesh().shape.get("data", 1)
+    return math.prod(jax.sharding.get_abstract_mesh().shape.values())
 
 
 def split(mesh: Mesh, *axes: str | None) -> NamedSharding:

@@ -16,6 +16,7 @@ from loopfm_jax.backbones import blockwise
 from loopfm_jax.backbones.attention import self_attend
 from loopfm_jax.errors import UserError
 from loopfm_jax.history.encoders import ENCODERS, TIMED, EncoderConfig
+from loopfm_jax.sharding import MeshConfig, make_mesh, split
 
 B, L, T, N, X, Q = 5, 4, 23, 14, 6, 3
 LENGTH = np.array([3, 0, 4, 1, 2], np.int32)
@@ -224,18 +225,22 @@ def test_self_attention_by_block_is_that_of_all_at_once(devices, monkeypatch):
     length_B = np.array([3, 4, 0, 4, 1, 2], np.int32)
     tokens = jax.jit(lambda n: packing.lay_out(n, slots=16, longest=L))(length_B)
     real_T11 = np.asarray(tokens.real_T)[:, None, None]
+    mesh = make_mesh(MeshConfig(devices))
 
-    def loss(qkv_TX):
-        seen_THD = jnp.where(real_T11, self_attend(qkv_TX, tokens, heads=CONFIG.heads), 0)
+    @partial(jax.grad, has_aux=True)
+    def learn(qkv_TX):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            seen_THD = self_attend(qkv_TX, tokens, heads=CONFIG.heads)
+        seen_THD = jnp.where(real_T11, seen_THD, 0)
         return jnp.sin(seen_THD).sum(), seen_THD
 
-    learn = jax.grad(loss, has_aux=True)
-    given = draw(16, 3 * W)
-    whole = learn(given)
+    given = jax.device_put(draw(16, 3 * W), split(mesh))
+    whole = jax.jit(learn)(given)
     monkeypatch.setattr(blockwise, "BLOCK", 4)
-    monkeypatch.setattr(blockwise, "data_shards", lambda: devices)
+    monkeypatch.setattr(blockwise, "LEAST", 4)
+    jax.clear_caches()
     assert "scan" in str(jax.make_jaxpr(learn)(given))
-    jax.tree.map(close, learn(given), whole)
+    jax.tree.map(close, jax.jit(learn)(given), whole)
 
 
 @pytest.mark.parametrize(

@@ -12,23 +12,30 @@ Difference from the public code: Dice in the score MLP takes its statistics from
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.tree_util import Partial
 from jax.typing import DTypeLike
 
 from loopfm_jax.backbones.blockwise import by_block
 from loopfm_jax.backbones.config import BackboneConfig
-from loopfm_jax.backbones.layers import Key, Mlp, dense, dropout, split, weights, wide
+from loopfm_jax.backbones.layers import Dice, Key, Mlp, dense, dropout, split, weights, wide
 from loopfm_jax.packing import Tokens
 
 FEW = 64
 """Tokens of which the first layer of scores is cheaper than adding up its kernels."""
 
-Asked = Callable[[Tokens], jax.Array]
+Asked = Partial
 """Tokens, all or a block of them -> what their events are scored for, [T,M]."""
+
+
+def candidate(target_BM: jax.Array) -> Asked:
+    """Every event is scored for the candidate of its example."""
+    return Partial(lambda target_BM, tokens: tokens.spread(target_BM), target_BM)
 
 
 class Scores(nnx.Module):
@@ -65,7 +72,7 @@ class Scores(nnx.Module):
         first_TW = self.first_layer(query_TM, events_TM)
         return self.mlp.after_first(first_TW, key=key, mask=tokens.real_T)[-1][:, 0]
 
-    def by_block(self, f: Callable[..., Any], *, key: Key) -> Callable[..., Any]:
+    def by_block(self, f: Partial, *, key: Key) -> Callable[..., Any]:
         """As the function of that name, if the scores of a part do not depend on the rest."""
         return f if self._together(key) else by_block(f)
 
@@ -77,34 +84,47 @@ class Scores(nnx.Module):
     ) -> jax.Array:
         if self._together(key):
             return self._by_layer(query, events_TM, tokens, key=key)
-
-        def score(tokens: Tokens, events_TM: jax.Array, *, key: Key) -> jax.Array:
-            return self.score(tokens, query(tokens), events_TM, key=key)
-
-        return by_block(score)(tokens, events_TM, key=key)
+        return by_block(Partial(_score, self, query))(tokens, events_TM, key=key)
 
     def _by_layer(
         self, query: Asked, events_TM: jax.Array, tokens: Tokens, *, key: Key
     ) -> jax.Array:
         """As a call: block by block from the statistics of one Dice to those of the next."""
-
-        def first(tokens: Tokens, events_TM: jax.Array, *, key: Key) -> jax.Array:
-            return self.first_layer(query(tokens), events_TM)
-
         assert self.mlp.out is not None
-        x_TW = by_block(first)(tokens, events_TM, key=None)
+        x_TW = by_block(Partial(_first_layer, self, query))(tokens, events_TM, key=None)
         layers = [*self.mlp.layers[1:], self.mlp.out]
         keys = split(key, len(layers))
         for dice, layer, own in zip(self.mlp.dice, layers, keys, strict=True):
             fitted = dice.fit(x_TW, tokens.real_T)
-
-            def after(
-                tokens: Tokens, x_TW: jax.Array, *, key: Key, dice=dice, layer=layer, fitted=fitted
-            ) -> jax.Array:
-                return layer(dropout(dice.gate(x_TW, *fitted), self.mlp.rate, key))
-
-            x_TW = by_block(after)(tokens, x_TW, key=own)
+            x_TW = by_block(Partial(_after_dice, self.mlp, dice, fitted, layer))(
+                tokens, x_TW, key=own
+            )
         return x_TW[:, 0]
+
+
+def _score(
+    scores: Scores, query: Asked, tokens: Tokens, events_TM: jax.Array, *, key: Key
+) -> jax.Array:
+    return scores.score(tokens, query(tokens), events_TM, key=key)
+
+
+def _first_layer(
+    scores: Scores, query: Asked, tokens: Tokens, events_TM: jax.Array, *, key: Key
+) -> jax.Array:
+    return scores.first_layer(query(tokens), events_TM)
+
+
+def _after_dice(
+    mlp: Mlp,
+    dice: Dice,
+    fitted: Any,
+    layer: nnx.Linear,
+    tokens: Tokens,
+    x_TW: jax.Array,
+    *,
+    key: Key,
+) -> jax.Array:
+    return layer(dropout(dice.gate(x_TW, *fitted), mlp.rate, key))
 
 
 class Query(nnx.Module):
@@ -148,14 +168,11 @@ def self_attend(
     Returns:
       [T,H,D].
     """
-
-    def attend(tokens: Tokens, qkv_TX: jax.Array, *, key: Key) -> jax.Array:
-        return _attend(qkv_TX, tokens, heads=heads, rate=rate, key=key)
-
+    attend = partial(_attend, heads=heads, rate=rate)
     return by_block(attend, ahead=tokens.length)(tokens, qkv_TX, key=key)
 
 
-def _attend(qkv_TX: jax.Array, tokens: Tokens, *, heads: int, rate: float, key: Key) -> jax.Array:
+def _attend(tokens: Tokens, qkv_TX: jax.Array, *, heads: int, rate: float, key: Key) -> jax.Array:
     (slots, width), length = qkv_TX.shape, tokens.length
     size = width // (3 * heads)
 

@@ -5,10 +5,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jax.tree_util import Partial
 
+from loopfm_jax import sharding
 from loopfm_jax.backbones.layers import Key
 from loopfm_jax.packing import BLOCK, Tokens
-from loopfm_jax.sharding import data_shards
+from loopfm_jax.sharding import ALL
+
+LEAST = 512
+"""Slots of a block below which its products slow down."""
 
 
 def by_block(f: Callable[..., Any], *, ahead: int = 0) -> Callable[..., Any]:
@@ -19,53 +25,63 @@ def by_block(f: Callable[..., Any], *, ahead: int = 0) -> Callable[..., Any]:
     accelerator wants the large products, and few tokens are one block anyway.
 
     Args:
-      f: arrays [T, ...] -> arrays [T, ...], of any part of the tokens.
+      f: arrays [T, ...] -> arrays [T, ...], of any part of the tokens. What else it reads, modules
+        too, comes to it in a `Partial`, or several devices could not share it.
       ahead: how many tokens after a token its answer may depend on.
     """
 
+    f = f if isinstance(f, Partial) else Partial(f)
+
     def run(tokens: Tokens, *per_token: jax.Array, key: Key) -> Any:
-        slots, parts = len(tokens.real_T), data_shards()
-        if jax.default_backend() != "cpu" or slots % BLOCK or slots % parts or slots == BLOCK:
+        slots, devices = len(tokens.real_T), sharding.devices()
+        whole = jax.default_backend() != "cpu" or slots % BLOCK or slots == BLOCK
+        if whole or slots % devices or block(slots // devices, devices) < ahead:
             return f(tokens, *per_token, key=key)
-        cut = Cut(slots, parts, ahead)
-        if ahead > cut.piece:
-            return f(tokens, *per_token, key=key)
-        keys = None if key is None else jax.random.split(key, cut.count)
-        part = jax.checkpoint(lambda blocks, key: f(*jax.tree.map(cut.lay, *blocks), key=key))
-        blocks = cut.blocks((tokens, *per_token))
-        return jax.tree.map(cut.join, jax.lax.map(lambda at: part(*at), (blocks, keys)))
+        given = tokens, *per_token
+        if devices == 1:
+            after = jax.tree.map(lambda x: jnp.zeros_like(x[:ahead]), given)
+            return _run(f, given, after, key)
+
+        def own(f: Partial, given: Any, key: Key) -> Any:
+            key = None if key is None else jax.random.fold_in(key, jax.lax.axis_index(ALL))
+            after = jax.tree.map(lambda x: _next(x[:ahead], devices), given)
+            return _run(f, given, after, key)
+
+        # Every device its share: gradients of what all read are added up once, not by block.
+        split, shared = PartitionSpec(ALL), PartitionSpec()
+        over = jax.shard_map(
+            own, in_specs=(shared, split, shared), out_specs=split, check_vma=False
+        )
+        return over(f, given, key)
 
     return run
 
 
-class Cut:
-    """T slots as `count` blocks. A block holds a piece of every device's share, or one would work
-    while the others wait."""
+def block(slots: int, devices: int) -> int:
+    """Slots of a block: of those numbers that divide a device's slots, the largest for which all
+    devices, which share the machine's cache, have room."""
+    limit = max(BLOCK // devices, LEAST)
+    return slots // next(n for n in range(-(-slots // limit), slots + 1) if slots % n == 0)
 
-    def __init__(self, slots: int, parts: int, ahead: int):
-        share = slots // parts
-        self.count = next(n for n in range(-(-share // BLOCK), share + 1) if share % n == 0)
-        self.slots, self.parts, self.piece, self.ahead = slots, parts, share // self.count, ahead
 
-    def blocks(self, given: Any) -> list[Any]:
-        """Trees of [count, parts, slots of a piece, ...]: the pieces; what they look at ahead."""
-        own = jax.tree.map(self._divide, given)
-        return [own, jax.tree.map(self._ahead, given)] if self.ahead else [own]
+def _run(f: Callable[..., Any], given: Any, after: Any, key: Key) -> Any:
+    """`given` by block, each with the start of what follows it; `after` follows the last."""
+    size = block(len(given[0].real_T), sharding.devices())
 
-    def _divide(self, x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(self.parts, self.count, -1, *x.shape[1:]), 1, 0)
+    def divide(x: jax.Array, after: jax.Array) -> jax.Array:
+        own = x.reshape(-1, size, *x.shape[1:])
+        if not len(after):
+            return own
+        return jnp.concatenate([own, jnp.concatenate([own[1:, : len(after)], after[None]])], axis=1)
 
-    def _ahead(self, x: jax.Array) -> jax.Array:
-        starts = x.reshape(-1, self.piece, *x.shape[1:])[1:, : self.ahead]
-        starts = jnp.concatenate([starts, jnp.zeros_like(starts[:1])])  # nothing real after all
-        return self._divide(starts.reshape(-1, *x.shape[1:]))
+    blocks = jax.tree.map(divide, given, after)
+    count = len(blocks[0].real_T)
+    keys = None if key is None else jax.random.split(key, count)
+    part = jax.checkpoint(lambda at, key: f(*at, key=key))
+    found = jax.lax.map(lambda at: jax.tree.map(lambda x: x[:size], part(*at)), (blocks, keys))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
 
-    def lay(self, *of_block: jax.Array) -> jax.Array:
-        """A block's slots one after the other, each piece with what follows it."""
-        x = jnp.concatenate(of_block, axis=1)
-        return x.reshape(-1, *x.shape[2:])
 
-    def join(self, x: jax.Array) -> jax.Array:
-        """Answers of all blocks as [T, ...]."""
-        x = x.reshape(self.count, self.parts, -1, *x.shape[2:])[:, :, : self.piece]
-        return jnp.moveaxis(x, 1, 0).reshape(self.slots, *x.shape[3:])
+def _next(start: jax.Array, devices: int) -> jax.Array:
+    """The start of the next device's share, zeros for the last: nothing real."""
+    return jax.lax.ppermute(start, ALL, [(n, n - 1) for n in range(1, devices)])

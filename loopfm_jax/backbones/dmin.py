@@ -14,6 +14,7 @@ Differences from the public code, none of which changes a count:
 
 import jax
 from flax import nnx
+from jax.tree_util import Partial
 from jax.typing import DTypeLike
 
 from loopfm_jax.backbones.attention import Query, Scores, pool, self_attend
@@ -65,17 +66,24 @@ class Head(nnx.Module):
         key: Key,
     ) -> tuple[jax.Array, jax.Array]:
         """The weight of every event [T], and the events as this head sees them [T,M]."""
-
-        def see(
-            tokens: Tokens, events_TM: jax.Array, seen_TD: jax.Array, *, key: Key
-        ) -> tuple[jax.Array, jax.Array]:
-            out_key, score_key = split(key, 2)
-            head_TM = self.forward(events_TM + dropout(self.out(seen_TD), self.rate, out_key))
-            query = self.query(target_BM, tokens) if self.query else tokens.spread(target_BM)
-            return self.scores.score(tokens, query, head_TM, key=score_key), head_TM
-
-        score_T, head_TM = self.scores.by_block(see, key=key)(tokens, events_TM, seen_TD, key=key)
+        see = self.scores.by_block(Partial(Head.see, self, target_BM), key=key)
+        score_T, head_TM = see(tokens, events_TM, seen_TD, key=key)
         return tokens.softmax(score_T), head_TM
+
+    def see(
+        self,
+        target_BM: jax.Array,
+        tokens: Tokens,
+        events_TM: jax.Array,
+        seen_TD: jax.Array,
+        *,
+        key: Key,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Of a part of the tokens: scores, events."""
+        out_key, score_key = split(key, 2)
+        head_TM = self.forward(events_TM + dropout(self.out(seen_TD), self.rate, out_key))
+        query = self.query(target_BM, tokens) if self.query else tokens.spread(target_BM)
+        return self.scores.score(tokens, query, head_TM, key=score_key), head_TM
 
 
 class DMIN(Interest):

@@ -19,6 +19,7 @@ Differences from the public code:
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.tree_util import Partial
 
 from loopfm_jax.backbones.attention import Query, Scores, pool
 from loopfm_jax.backbones.behaviours import Interest, Seen, Weighed
@@ -45,12 +46,17 @@ class Match(nnx.Module):
         tokens = seen.tokens
         query_LM = jax.nn.relu(self.query(self.position_LP[...]))
         events_TM = seen.events_TM
-        score_T = self.scores(lambda at: query_LM[at.column_T], events_TM, tokens, key=key)
+        query = Partial(lambda query_LM, tokens: query_LM[tokens.column_T], query_LM)
+        score_T = self.scores(query, events_TM, tokens, key=key)
         past_BM = pool([(tokens.softmax(score_T), events_TM)], tokens)
         user_BM = jax.nn.relu(self.user(past_BM))
         rows = self.table(seen.ids)
         item_BM = jnp.concatenate([rows[name] for name in self.target], axis=1)
         return (user_BM * item_BM).sum(1, keepdims=True)
+
+
+def _activated(query: Query, target_BM: jax.Array, tokens: Tokens) -> jax.Array:
+    return jax.nn.relu(query(target_BM, tokens))
 
 
 class DMR(Interest):
@@ -64,9 +70,7 @@ class DMR(Interest):
         self.match = Match(spec, pair, rngs=rngs) if config.u2i else None
 
     def weigh(self, seen: Seen, *, key: Key) -> Weighed:
-        def query(tokens: Tokens) -> jax.Array:
-            return jax.nn.relu(self.query(seen.target_BM, tokens))
-
+        query = Partial(_activated, self.query, seen.target_BM)
         score_T = self.scores(query, seen.events_TM, seen.tokens, key=key)
         return [(seen.tokens.softmax(score_T), seen.events_TM)]
 

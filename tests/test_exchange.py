@@ -1,0 +1,135 @@
+"""Tables split over devices: rows asked of their owners, and what a whole step sends."""
+
+import re
+from dataclasses import replace
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+from bench_cases import SCHEMA, backbone
+from jax.sharding import NamedSharding
+
+from loopfm_jax import exchange, loop
+from loopfm_jax.backbones import blockwise
+from loopfm_jax.bench import rows
+from loopfm_jax.bench.model import make_subject
+from loopfm_jax.data.batches import GlobalBatches
+from loopfm_jax.optim import make_optimiser
+from loopfm_jax.sharding import MeshConfig, make_mesh, split
+
+MESHES = ((1, 1), (8, 1), (4, 2), (1, 8))
+E = 3
+every_mesh = pytest.mark.parametrize("shape", MESHES[1:])
+
+
+def draw_ids(seed: int, table_rows: int) -> list[np.ndarray]:
+    """A few ids, most of them one id, and padding."""
+    rng = np.random.default_rng(seed)
+    few = rng.integers(0, table_rows, (16, 2))
+    hot = np.where(rng.random((24, 3)) < 0.6, 5, rng.integers(0, 20, (24, 3)))
+    return [few.astype(np.int32), np.where(rng.random((24, 3)) < 0.2, 0, hot).astype(np.int32)]
+
+
+@every_mesh
+def test_rows_and_their_gradients_are_those_of_one_device(shape):
+    mesh, rng = make_mesh(MeshConfig(*shape)), np.random.default_rng(1)
+    table_VE = rng.normal(size=(64, E)).astype(np.float32)
+    ids = draw_ids(2, len(table_VE))
+    weights = [rng.normal(size=(*i.shape, E)).astype(np.float32) for i in ids]
+
+    @jax.jit
+    def learn(table_VE, ids):
+        def loss(table_VE):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                assert exchange.applies(table_VE, ids)
+                found = exchange.look_up(table_VE, ids)
+            return sum((w * x).sum() for w, x in zip(weights, found, strict=True)), found
+
+        return jax.grad(loss, has_aux=True)(table_VE)
+
+    placed = jax.device_put(table_VE, NamedSharding(mesh, exchange.ROWS))
+    gradient, found = learn(placed, jax.device_put(ids, split(mesh, "data")))
+    want = np.zeros_like(table_VE)
+    for i, w, rows_XE in zip(ids, weights, found, strict=True):
+        np.testing.assert_array_equal(rows_XE, np.where(i[..., None] > 0, table_VE[i], 0))
+        np.add.at(want, i, np.where(i[..., None] > 0, w, 0))
+    np.testing.assert_allclose(gradient, want, atol=1e-5)
+
+
+def test_it_does_not_apply_on_one_device_or_where_sizes_do_not_divide():
+    with jax.sharding.use_abstract_mesh(make_mesh(MeshConfig(4, 2)).abstract_mesh):
+        assert exchange.applies(np.zeros((16, 1)), [np.zeros(4)])
+        assert not exchange.applies(np.zeros((12, 1)), [np.zeros(4)])
+        assert not exchange.applies(np.zeros((16, 1)), [np.zeros(4), np.zeros(6)])
+    assert not exchange.applies(np.zeros((16, 1)), [np.zeros(4)])
+
+
+# ------------------------------------------------------------------------------- whole steps
+
+MANY = replace(
+    SCHEMA,
+    fields=tuple(replace(f, rows=5_000 if "item" in f.name else f.rows) for f in SCHEMA.fields),
+)
+"""More table rows than a step looks up, so that what is of a table's size is seen to be."""
+CONFIG = backbone("dmin", heads=2, attention_dropout=0.0, dropout=0.0)
+CONFIG = replace(CONFIG, tables=replace(CONFIG.tables, width=4, row_multiple=128))
+
+
+@cache
+def steps(shape: tuple[int, int], folder, count: int = 20) -> tuple[list[float], str]:
+    """(losses of the first steps, the step's HLO)."""
+    facts = rows.LogSpec(MANY, rows=640)(folder)
+    mesh = {"data": shape[0], "model": shape[1]}
+    subject = make_subject({**rows.describe(MANY, CONFIG, 64), **facts, "mesh": mesh})
+    optimiser = make_optimiser(subject.config.train.optim, steps=count)
+    graphdef, state, shardings = loop.create(subject.build, optimiser, subject.mesh, 0)
+    step = loop.make_step(subject.task, optimiser, graphdef, shardings)
+    source = GlobalBatches(subject.rows, subject.examples.batch, config=subject.config.train.order)
+    losses, text = [], ""
+    for n in range(count):
+        batch = loop.put(source[n], subject.mesh)
+        text = text or step.lower(state, batch, subject.past).compile().as_text()
+        state, numbers = step(state, batch, subject.past)
+        losses.append(float(numbers["logloss"]))
+    return losses, text
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blockwise, "BLOCK", 64)
+        patch.setattr(blockwise, "LEAST", 8)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("log")
+
+
+@every_mesh
+def test_twenty_steps_have_the_losses_of_one_device(shape, folder):
+    one, many = steps(MESHES[0], folder)[0], steps(shape, folder)[0]
+    assert one[0] - min(one) > 1e-3, "something must have been learned"
+    np.testing.assert_allclose(many, one, rtol=1e-5)
+
+
+@every_mesh
+def test_no_collective_is_of_a_tables_size(shape, folder):
+    """Whole steps with dense Adam; what is sent is at most a few times the looked-up rows."""
+    table = MANY.table_rows * CONFIG.tables.width
+    sent = collectives(steps(shape, folder)[1])
+    assert sent and max(sent) < table / 2, (max(sent), table)
+    assert collectives(f"x = f32[{table}] all-gather(y)") == [table]
+
+
+def collectives(hlo: str) -> list[int]:
+    """Numbers that each of them leaves on a device."""
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    found = re.findall(rf"= (.*?) (?:{kinds})(?:-start)?\(", hlo)
+    return [sum(map(_size, re.findall(r"\w+\d+\[([\d,]*)\]", shapes))) for shapes in found]
+
+
+def _size(shape: str) -> int:
+    return int(np.prod([int(n) for n in shape.split(",") if n]))
