@@ -90,7 +90,7 @@ class Table(nnx.Module):
     def __init__(self, schema: Schema, config: TableConfig, *, rngs: nnx.Rngs):
         rows = -(-schema.table_rows // config.row_multiple) * config.row_multiple
         shape = (rows, config.width)
-        self.rows_VE = nnx.Param(config.init_std * jax.random.normal(rngs.params(), shape))
+        self.rows_VE = nnx.Param(_start(config, shape, rngs))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Fused ids of any shape -> rows [..., E]; padding gives zeros."""
@@ -109,6 +109,13 @@ class Table(nnx.Module):
         flat = self(jnp.concatenate([i.reshape(-1) for i in ids]))
         rows = jnp.split(flat, stops[:-1])
         return [r.reshape(*i.shape, -1) for r, i in zip(rows, ids, strict=True)]
+
+
+def _start(config: TableConfig, shape: tuple[int, int], rngs: nnx.Rngs) -> jax.Array:
+    """Drawing takes several times the memory of what is drawn; zeros need none of it."""
+    if not config.init_std:
+        return jnp.zeros(shape)
+    return config.init_std * jax.random.normal(rngs.params(), shape)
 
 
 class PrivateTable(nnx.Module):
@@ -158,7 +165,7 @@ class Embedder(nnx.Module):
         self.schema = schema
         self.table = Table(schema, config, rngs=rngs)
         shape = (len(schema.numeric), config.width)
-        values_NE = config.init_std * jax.random.normal(rngs.params(), shape)
+        values_NE = _start(config, shape, rngs)
         self.numeric_NE = nnx.Param(values_NE) if schema.numeric else None  # Orbax: no empty arrays
         self.frozen = nnx.Dict()
         self.project = nnx.Dict()

@@ -34,6 +34,14 @@ def test_card_says_ratios_peers_and_what_is_invalid():
     assert "more than a tenth of the cores during fm-train/b" in notes
 
 
+def test_bf16_stands_apart_beside_the_peer_in_bf16():
+    ours = {**PLAIN, "name": "fm-train/a", "dtype": "bfloat16"}
+    narrow = {**ours, "peer": "other", "peer_dtype": "bfloat16", "ratio": 2.5}
+    svg = picture.draw([*RESULTS, {**ours, "peer_dtype": "float32", "ratio": 9.0}, narrow])
+    assert svg is not None and "(bf16)" in svg and "2.50" in svg and "9.00" not in svg
+    assert report.how({**narrow, "mode": "fast"}) == "fast bf16"
+
+
 def test_picture_shows_each_valid_row_once_beside_its_first_peer():
     svg = picture.draw(RESULTS)
     assert svg is not None and svg.startswith("<svg") and svg == picture.draw(RESULTS)

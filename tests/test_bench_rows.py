@@ -1,5 +1,6 @@
 """The jobs of rows that are not about a model's steps, at a size at which rates mean nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import bench_cases
@@ -65,6 +66,21 @@ def test_the_encoder_row_counts_the_events_it_draws():
     deep = flops.dmin(spec_of(config).config, 8, tokens, pairs)
     want = 3 * deep + (2 * tokens + 3) * 2 * 8 * 8  # no gradient goes into the codes
     assert case.flops is not None and case.flops({}) == pytest.approx(want)
+
+
+def test_in_bf16_the_start_is_the_same_within_its_digits(tmp_path):
+    """On an accelerator only; what a CPU computes of it shows that the sides are told."""
+    case = bench_cases.TRAIN
+    assert [(s.mode, s.dtype, s.accelerator) for s in case.ours] == [
+        ("exact", "float32", False), ("fast", "float32", False),
+        ("exact", "bfloat16", True), ("fast", "bfloat16", True),
+    ]  # fmt: skip
+    wide, narrow = (
+        started(replace(case, ours=(side,), peers=()), tmp_path)["loopfm"].run(seconds=0, steps=3)
+        for side in (case.ours[0], case.ours[2])
+    )
+    assert narrow.losses != wide.losses
+    np.testing.assert_allclose(narrow.losses, wide.losses, rtol=1e-2)
 
 
 def test_tables_grow_in_all_fields_alike_and_learn_by_rows(tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import cache
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from bench_cases import SCHEMA, backbone
@@ -59,10 +60,10 @@ def test_rows_and_their_gradients_are_those_of_one_device(shape):
 
 def test_it_does_not_apply_on_one_device_or_where_sizes_do_not_divide():
     with jax.sharding.use_abstract_mesh(make_mesh(MeshConfig(4, 2)).abstract_mesh):
-        assert exchange.applies(np.zeros((16, 1)), [np.zeros(4)])
-        assert not exchange.applies(np.zeros((12, 1)), [np.zeros(4)])
-        assert not exchange.applies(np.zeros((16, 1)), [np.zeros(4), np.zeros(6)])
-    assert not exchange.applies(np.zeros((16, 1)), [np.zeros(4)])
+        assert exchange.applies(jnp.zeros((16, 1)), [jnp.zeros(4)])
+        assert not exchange.applies(jnp.zeros((12, 1)), [jnp.zeros(4)])
+        assert not exchange.applies(jnp.zeros((16, 1)), [jnp.zeros(4), jnp.zeros(6)])
+    assert not exchange.applies(jnp.zeros((16, 1)), [jnp.zeros(4)])
 
 
 # ------------------------------------------------------------------------------- whole steps

@@ -12,7 +12,7 @@ from loopfm_jax.bench.terms import Case, Facts, Side
 from loopfm_jax.progress import say
 
 BFLOAT16_TIMES = 10
-"""A peer in bfloat16 may differ by so much more."""
+"""A side in bfloat16 may differ by so much more."""
 
 
 @dataclass
@@ -55,7 +55,7 @@ def run_case(case: Case, bench: Bench) -> list[dict[str, Any]]:
     facts = bench.prepare(case)
     with ExitStack() as stack:
         timed = _start(case, facts, bench, stack)
-        sides = {_key(t.side): t.child for t in timed}
+        sides = {t.side.key: t.child for t in timed}
         seconds = bench.seconds if case.seconds is None else case.seconds
         rounds = take_rounds(sides, rounds=bench.rounds, seconds=seconds)
     mine = [t for t in timed if t.side in case.ours]
@@ -70,7 +70,12 @@ def run_case(case: Case, bench: Bench) -> list[dict[str, Any]]:
 def _start(case: Case, facts: Facts, bench: Bench, stack: ExitStack) -> list[Timed]:
     """All sides built and warm; the first of ours leaves the weights that peers start from."""
     weights, timed = bench.folder / "weights.npz", []
-    sides = [s for s in (*case.ours, *case.peers) if s.worker == "ours" or bench.peer]
+    sides = [
+        side
+        for side in (*case.ours, *case.peers)
+        if (side.worker == "ours" or bench.peer)
+        and not (side.accelerator and bench.limits["platform"] == "cpu")
+    ]
     children = [stack.enter_context(_open(side, bench)) for side in sides]  # imports overlap
     for side, child in zip(sides, children, strict=True):
         spec = {**case.spec, **facts, "platform": bench.limits["platform"], **side.spec}
@@ -103,16 +108,16 @@ def _warm(case: Case, side: Side, spec: dict[str, Any], child: Child) -> Timed:
     return timed
 
 
-def _key(side: Side) -> str:
-    return f"{side.name} {side.mode}"
-
-
 def _result(
     case: Case, facts: Facts, one: Timed, other: Timed | None, rounds: list[Round], bench: Bench
 ) -> dict[str, Any]:
-    key = _key(one.side)
+    key = one.side.key
     value = spread([r.measured[key].value for r in rounds])
     flops = case.flops(facts) if case.flops else None
+    narrow = one.side.dtype == "bfloat16"
+    peak = bench.limits[
+        "flops_bfloat16" if narrow and "flops_bfloat16" in bench.limits else "flops"
+    ]
     return {
         "name": case.name,
         "mode": one.side.mode,
@@ -121,7 +126,7 @@ def _result(
         "value_quartiles": [value.low, value.high],
         "unit": case.unit,
         **_beside(case, one, other, rounds),
-        "roofline_share": flops * value.median / bench.limits["flops"] if flops else None,
+        "roofline_share": flops * value.median / peak if flops else None,
         "flops_per_example": flops,
         "peak_rss_bytes": one.child.peak_rss_bytes,
         "cpu_seconds_per_example": _cpu(rounds, key),
@@ -139,11 +144,11 @@ def _beside(case: Case, one: Timed, other: Timed | None, rounds: list[Round]) ->
     if other is None:
         names = ("peer", "peer_value", "ratio", "ratio_quartiles", "rss_ratio", "loss_difference")
         return {**dict.fromkeys(names), "valid": True}
-    key, peer = _key(one.side), _key(other.side)
+    key, peer = one.side.key, other.side.key
     found = ratios(rounds, key, peer, more_is_better=case.more_is_better)
     ratio, apart = spread(found), difference(case, one, other)
     peak, theirs = one.child.peak_rss_bytes, other.child.peak_rss_bytes
-    slack = BFLOAT16_TIMES if other.side.dtype == "bfloat16" else 1
+    slack = BFLOAT16_TIMES if "bfloat16" in (one.side.dtype, other.side.dtype) else 1
     return {
         "peer": other.side.name,
         "peer_value": spread([r.measured[peer].value for r in rounds]).median,

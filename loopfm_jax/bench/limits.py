@@ -13,6 +13,9 @@ import numpy as np
 from loopfm_jax import memory
 from loopfm_jax.bench.protocol import Measured, Spec, timed
 
+LARGE = 8192
+"""A product that fills an accelerator."""
+
 
 def best(call: Callable[[], Any], *, repeats: int) -> float:
     """Seconds of the fastest call after one to warm up."""
@@ -72,15 +75,19 @@ class Limits:
 
     def __init__(self, spec: Spec):
         memory.keep_freed()  # or page faults are measured
-        repeats, width = spec["repeats"], 32
+        repeats, width, platform = spec["repeats"], 32, jax.devices()[0].platform
+        sizes = spec["gemm"] if platform == "cpu" else [*spec["gemm"], LARGE]
         self.facts = {
             "device": jax.devices()[0].device_kind,
-            "platform": jax.devices()[0].platform,
-            "flops": gemm_flops(spec["gemm"], repeats=repeats, dtype=spec.get("dtype", "float32")),
+            "platform": platform,
+            "flops": gemm_flops(sizes, repeats=repeats, dtype=spec.get("dtype", "float32")),
             "stream_bytes_s": stream_bytes(spec["stream"], repeats=repeats),
             "gather_rows_s": gather_rows(spec["rows"], width, spec["ids"], repeats=repeats),
             "gather_width": width,
         }
+        if platform != "cpu":
+            narrow = gemm_flops(sizes, repeats=repeats, dtype="bfloat16")
+            self.facts["flops_bfloat16"] = narrow
 
     def run(self, *, seconds: float, steps: int) -> Measured:
         return timed(lambda: None, lambda: None, seconds=0, steps=1, examples=0)

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from loopfm_jax.bench.report import how
 from loopfm_jax.svg import INK, RC, SERIES, WIDTH, render, standalone
 
 Result = Mapping[str, Any]
@@ -32,16 +33,18 @@ def draw(results: Sequence[Result]) -> str | None:
 
 
 def _first_peers(results: Sequence[Result]) -> list[Result]:
-    """The valid ones, each side of ours beside its reference alone."""
+    """The valid ones, each side of ours beside its reference alone: the first of its own dtype."""
     found: dict[tuple[str, str], Result] = {}
-    for result in results:
+    alike = lambda r: r.get("peer_dtype") == r.get("dtype")  # noqa: E731
+    for result in sorted(results, key=lambda r: not alike(r)):
         if not result.get("error") and result["valid"]:
-            found.setdefault((result["name"], result["mode"]), result)
-    return list(found.values())
+            found.setdefault((result["name"], how(result)), result)
+    return [r for r in results if any(r is one for one in found.values())]
 
 
 def _label(result: Result) -> str:
-    return result["name"] + (" (fast)" if result["mode"] == "fast" else "")
+    words = how(result).removeprefix("exact").strip()
+    return result["name"] + (f" ({words})" if words else "")
 
 
 def _ratios(axes: Axes, shown: Sequence[Result]) -> None:

@@ -18,7 +18,7 @@ def card(results: Sequence[Result]) -> Table:
         column.no_wrap = True
     before = None
     for result in results:
-        name = (result["name"], result["mode"])
+        name = (result["name"], how(result))
         table.add_row(*_line(result, first=name != before))
         before = name
     return table
@@ -30,7 +30,7 @@ def _line(result: Result, *, first: bool) -> list[str]:
     low_high = result["ratio_quartiles"]
     ours = [
         result["name"] if first else "",
-        result["mode"] if first else "",
+        how(result) if first else "",
         number(result["value"]) if first else "",
         result["unit"] if first else "",
     ]
@@ -43,6 +43,11 @@ def _line(result: Result, *, first: bool) -> list[str]:
     ]
     share = result["roofline_share"]
     return [*ours, *theirs, DASH if share is None else f"{share:.0%}", _memory(result)]
+
+
+def how(result: Result) -> str:
+    """Which of our sides: `exact`, `fast bf16`."""
+    return result["mode"] + (" bf16" if result.get("dtype") == "bfloat16" else "")
 
 
 def _memory(result: Result) -> str:
@@ -66,7 +71,7 @@ def notes(results: Sequence[Result]) -> list[str]:
             found.append(f"{result['name']} failed: {result['error']}")
         elif not result["valid"]:
             found.append(
-                f"{result['name']} {result['mode']} against {result['peer']}: the first losses "
+                f"{result['name']} {how(result)} against {result['peer']}: the first losses "
                 f"differ by {result['loss_difference'] or float('nan'):.1e}: not the same work, "
                 "the ratio means nothing"
             )

@@ -25,6 +25,13 @@ class Side:
     """On top of the case's."""
     env: Mapping[str, str] = field(default_factory=dict)
     dtype: str = "float32"
+    accelerator: bool = False
+    """Left out on CPU."""
+
+    @property
+    def key(self) -> str:
+        """One of a case's sides."""
+        return f"{self.name} {self.mode} {self.dtype}"
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Check:
     steps: int = 4
     """1 where only the start can agree: random masks, other updates, other statistics."""
     tolerance: float = 1e-3
-    """Relative; ten times that for a peer in bfloat16."""
+    """Relative; ten times that where one of the two computes in bfloat16."""
 
 
 @dataclass(frozen=True)
