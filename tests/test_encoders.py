@@ -13,7 +13,7 @@ from noise import named, noisy
 
 from loopfm_jax import packing
 from loopfm_jax.backbones import blockwise
-from loopfm_jax.backbones.attention import self_attend
+from loopfm_jax.backbones.self_attention import self_attend
 from loopfm_jax.errors import UserError
 from loopfm_jax.history.encoders import ENCODERS, TIMED, EncoderConfig
 from loopfm_jax.sharding import MeshConfig, make_mesh, split

@@ -1,4 +1,4 @@
-"""Attention over tokens: a candidate's over events, an event's over the older ones.
+"""Attention over tokens: a candidate's over events.
 
 What DIN, DIEN, DMR, DMIN and the history encoders share. Everything runs over packed tokens
 (`packing.Tokens`): padding costs nothing, and padded is only another layout of the same tokens.
@@ -10,9 +10,7 @@ That is ~95 % of these models' arithmetic. The first layer is computed as
 Difference from the public code: Dice in the score MLP takes its statistics from real events only.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -147,50 +145,3 @@ class Query(nnx.Module):
 def pool(weighed: Sequence[tuple[jax.Array, jax.Array]], tokens: Tokens) -> jax.Array:
     """The weighted sums of ([T], [T,M]), side by side in float32, [B,H*M]."""
     return jnp.concatenate([tokens.sum(w_T[:, None] * wide(x_TM)) for w_T, x_TM in weighed], axis=1)
-
-
-def self_attend(
-    qkv_TX: jax.Array, tokens: Tokens, *, heads: int, rate: float = 0.0, key: Key = None
-) -> jax.Array:
-    """Causal scaled dot-product self-attention: an entry sees itself and older ones of its example.
-
-    An example's entries stand side by side, newest first, at most L of them: a block of L slots
-    sees itself and the next one. So the scores are T * 2L and need no padding, whose [B,H,L,L] is
-    mostly empty.
-
-    Args:
-      qkv_TX: queries, keys and values side by side, X = 3 * heads * D.
-      tokens: whose they are.
-      heads: H.
-      rate: dropout of the attention weights.
-      key: randomness of that dropout; None means inference.
-
-    Returns:
-      [T,H,D].
-    """
-    attend = partial(_attend, heads=heads, rate=rate)
-    return by_block(attend, ahead=tokens.length)(tokens, qkv_TX, key=key)
-
-
-def _attend(tokens: Tokens, qkv_TX: jax.Array, *, heads: int, rate: float, key: Key) -> jax.Array:
-    (slots, width), length = qkv_TX.shape, tokens.length
-    size = width // (3 * heads)
-
-    def blocks(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, -slots % length)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(-1, length, *x.shape[1:])
-
-    def seen(x: jax.Array) -> jax.Array:
-        return jnp.concatenate([x, jnp.concatenate([x[1:], jnp.zeros_like(x[:1])])], axis=-2)
-
-    qkv_CHLD = jnp.moveaxis(blocks(qkv_TX.reshape(slots, 3 * heads, size)), 2, 1)
-    q, k, v = jnp.split(qkv_CHLD, 3, axis=1)  # heads first: batched dots
-    owner_CL = blocks(jnp.where(tokens.real_T, tokens.segment_T + 1, 0))
-    owner_CS = seen(owner_CL[..., None])[..., 0]
-    older_LS = jnp.arange(2 * length)[None] >= jnp.arange(length)[:, None]
-    mask_CLS = older_LS[None] & (owner_CL[:, :, None] == owner_CS[:, None])
-    score_CHLS = wide(jnp.einsum("CHLD,CHSD->CHLS", q, seen(k))) / math.sqrt(size)
-    score_CHLS = jnp.where(mask_CLS[:, None], score_CHLS, -jnp.inf)
-    weight_CHLS = dropout(jax.nn.softmax(score_CHLS), rate, key).astype(v.dtype)
-    mixed_CHLD = jnp.einsum("CHLS,CHSD->CHLD", weight_CHLS, seen(v))
-    return jnp.moveaxis(mixed_CHLD, 1, 2).reshape(-1, heads, size)[:slots]

@@ -17,10 +17,11 @@ from flax import nnx
 from jax.tree_util import Partial
 from jax.typing import DTypeLike
 
-from loopfm_jax.backbones.attention import Query, Scores, pool, self_attend
+from loopfm_jax.backbones.attention import Query, Scores, pool
 from loopfm_jax.backbones.behaviours import Interest, Seen, Weighed
 from loopfm_jax.backbones.config import BackboneConfig, Spec
 from loopfm_jax.backbones.layers import FeedForward, Key, dense, dropout, split
+from loopfm_jax.backbones.self_attention import self_attend
 from loopfm_jax.data.schema import Behaviour
 from loopfm_jax.errors import UserError
 from loopfm_jax.packing import Tokens

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from loopfm_jax.backbones.attention import self_attend
 from loopfm_jax.backbones.layers import dense
+from loopfm_jax.backbones.self_attention import self_attend
 from loopfm_jax.packing import Tokens
 
 FASTEST, SLOWEST = 4.0, 1 / 16

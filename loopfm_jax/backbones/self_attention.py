@@ -1,0 +1,205 @@
+"""Self-attention of packed entries: each sees itself and the older ones of its example.
+
+One definition, several ways: products of neighbouring blocks, everywhere; cuDNN on GPU, padded and
+masked; Pallas on TPU, over all tokens, with a window and segments. Which is the fastest depends on
+sizes, so where there is a choice it is measured: forward and backward, once per shape of a process,
+when a step is traced. The kernels draw no dropout, and several devices go by blocks.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from loopfm_jax import sharding
+from loopfm_jax.backbones.blockwise import by_block
+from loopfm_jax.backbones.layers import Key, dropout, wide
+from loopfm_jax.errors import UserError
+from loopfm_jax.packing import Tokens, lay_out
+from loopfm_jax.progress import say
+
+CHOICE = "LOOPFM_ATTENTION"
+"""Environment: `blocks`, `cudnn` or `pallas` in the place of what would be measured."""
+LANES, TILE = 128, 512
+"""Pallas: sizes are multiples of the first; tokens of a tile."""
+
+
+def self_attend(
+    qkv_TX: jax.Array, tokens: Tokens, *, heads: int, rate: float = 0.0, key: Key = None
+) -> jax.Array:
+    """Causal scaled dot-product attention.
+
+    Args:
+      qkv_TX: queries, keys and values side by side, X = 3 * heads * D.
+      tokens: whose they are.
+      heads: H.
+      rate: dropout of the attention weights.
+      key: randomness of that dropout; None means inference.
+
+    Returns:
+      [T,H,D].
+    """
+    draws = rate > 0 and key is not None
+    shape = Shape(*qkv_TX.shape, heads, tokens.examples, tokens.length, qkv_TX.dtype.name)
+    way = "blocks" if draws or sharding.devices() > 1 else choose(shape)
+    if way != "blocks":
+        return WAYS[way](tokens, qkv_TX, heads=heads)
+    attend = partial(in_blocks, heads=heads, rate=rate)
+    return by_block(attend, ahead=tokens.length)(tokens, qkv_TX, key=key)
+
+
+def in_blocks(
+    tokens: Tokens, qkv_TX: jax.Array, *, heads: int, rate: float = 0.0, key: Key = None
+) -> jax.Array:
+    """An example's entries stand side by side, newest first, at most L of them: a block of L slots
+    sees itself and the next one. So the scores are T * 2L and need no padding, whose [B,H,L,L] is
+    mostly empty."""
+    (slots, width), length = qkv_TX.shape, tokens.length
+    size = width // (3 * heads)
+
+    def blocks(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, -slots % length)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(-1, length, *x.shape[1:])
+
+    def seen(x: jax.Array) -> jax.Array:
+        return jnp.concatenate([x, jnp.concatenate([x[1:], jnp.zeros_like(x[:1])])], axis=-2)
+
+    qkv_CHLD = jnp.moveaxis(blocks(qkv_TX.reshape(slots, 3 * heads, size)), 2, 1)
+    q, k, v = jnp.split(qkv_CHLD, 3, axis=1)  # heads first: batched dots
+    owner_CL = blocks(_owners(tokens))
+    owner_CS = seen(owner_CL[..., None])[..., 0]
+    older_LS = jnp.arange(2 * length)[None] >= jnp.arange(length)[:, None]
+    mask_CLS = older_LS[None] & (owner_CL[:, :, None] == owner_CS[:, None])
+    score_CHLS = wide(jnp.einsum("CHLD,CHSD->CHLS", q, seen(k))) / math.sqrt(size)
+    score_CHLS = jnp.where(mask_CLS[:, None], score_CHLS, -jnp.inf)
+    weight_CHLS = dropout(jax.nn.softmax(score_CHLS), rate, key).astype(v.dtype)
+    mixed_CHLD = jnp.einsum("CHLS,CHSD->CHLD", weight_CHLS, seen(v))
+    return jnp.moveaxis(mixed_CHLD, 1, 2).reshape(-1, heads, size)[:slots]
+
+
+def _owners(tokens: Tokens) -> jax.Array:
+    """From 1; unreal slots are nobody's and see each other."""
+    return jnp.where(tokens.real_T, tokens.segment_T + 1, 0)
+
+
+# ------------------------------------------------------------------------------- kernels
+
+
+def padded(tokens: Tokens, qkv_TX: jax.Array, *, heads: int, kernel: str = "cudnn") -> jax.Array:
+    """By `jax.nn.dot_product_attention` of examples padded to L."""
+    qkv_THD = qkv_TX.reshape(len(qkv_TX), 3 * heads, -1)
+    q, k, v = jnp.split(tokens.pad(qkv_THD), 3, axis=2)
+    real_BS = tokens.pad(tokens.real_T)
+    rank = jnp.arange(tokens.length)
+    mask_BLS = (rank[None] >= rank[:, None])[None] & real_BS[:, None]
+    seen = jax.nn.dot_product_attention(q, k, v, mask=mask_BLS[:, None], implementation=kernel)  # pyright: ignore
+    return tokens.unpad(seen)
+
+
+def windowed(
+    tokens: Tokens, qkv_TX: jax.Array, *, heads: int, interpret: bool = False
+) -> jax.Array:
+    """By Pallas' splash attention over all tokens: a window of L, segments, tiles that nothing is
+    seen in left out. Heads are filled up to whole lanes, tokens to whole tiles."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    slots, size = len(qkv_TX), qkv_TX.shape[1] // (3 * heads)
+    tile = min(TILE, -(-slots // LANES) * LANES)
+    grown = -(-slots // tile) * tile
+    x_THD = jnp.pad(
+        qkv_TX.reshape(slots, 3 * heads, size),
+        [(0, grown - slots), (0, 0), (0, -size % LANES)],
+    )
+    q, k, v = jnp.split(jnp.moveaxis(x_THD, 0, 1), 3)
+    mask = splash.LocalMask((grown, grown), (0, tokens.length - 1), 0)
+    sizes = splash.BlockSizes(
+        **{name: tile for name in ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv")},
+        **{name: tile for name in ("block_kv_dkv_compute", "block_q_dq", "block_kv_dq")},
+    )
+    run = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([mask] * heads), block_sizes=sizes, interpret=interpret
+    )
+    owner = jnp.pad(_owners(tokens), (0, grown - slots))
+    seen_HTD = run(q / math.sqrt(size), k, v, segment_ids=splash.SegmentIds(owner, owner))
+    return jnp.moveaxis(seen_HTD, 0, 1)[:slots, :, :size]
+
+
+WAYS: dict[str, Callable[..., jax.Array]] = {
+    "blocks": in_blocks,
+    "cudnn": padded,
+    "pallas": windowed,
+}
+ON = {"gpu": ("blocks", "cudnn"), "tpu": ("blocks", "pallas")}
+"""What there is to choose from, by platform; elsewhere blocks alone."""
+
+
+# ------------------------------------------------------------------------------- the choice
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the speed of a way depends on."""
+
+    slots: int
+    width: int
+    """Of queries, keys and values together."""
+    heads: int
+    examples: int
+    length: int
+    dtype: DTypeLike
+
+
+@cache
+def choose(shape: Shape) -> str:
+    """The fastest way, or the one that the environment names.
+
+    Raises:
+      UserError: it names none.
+    """
+    forced = os.environ.get(CHOICE, "")
+    if forced:
+        if forced not in WAYS:
+            raise UserError(f"{CHOICE}={forced}: there are {', '.join(WAYS)}")
+        return forced
+    ways = ON.get(jax.default_backend(), ("blocks",))
+    if len(ways) == 1:
+        return ways[0]
+    with ThreadPoolExecutor(1) as apart:  # the step that is being traced goes on in this thread
+        seconds = {way: apart.submit(measure, way, shape).result() for way in ways}
+    best = min(seconds, key=lambda way: seconds[way])
+    told = ", ".join(f"{way} {1e3 * s:.2f} ms" for way, s in seconds.items())
+    say(f"self-attention of {shape.slots} slots: {best} ({told})")
+    return best
+
+
+def measure(way: str, shape: Shape, *, repeats: int = 5) -> float:
+    """Seconds of a forward and backward pass; infinity where it cannot run."""
+    mean = min(shape.slots // shape.examples, shape.length)
+    tokens = lay_out(
+        jnp.full(shape.examples, mean, jnp.int32), slots=shape.slots, longest=shape.length
+    )
+    qkv_TX = jax.random.normal(jax.random.key(0), (shape.slots, shape.width), shape.dtype)
+
+    @jax.jit
+    @jax.grad
+    def learn(qkv_TX: jax.Array) -> jax.Array:
+        return wide(WAYS[way](tokens, qkv_TX, heads=shape.heads)).sum()
+
+    try:
+        learn(qkv_TX).block_until_ready()
+    except Exception as error:  # a kernel that refuses a size or a device says so in many ways
+        say(f"self-attention: no {way} here ({str(error).splitlines()[0][:120]})")
+        return math.inf
+    took = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        learn(qkv_TX).block_until_ready()
+        took.append(time.perf_counter() - started)
+    return min(took)
