@@ -47,7 +47,8 @@ def self_attend(
       [T,H,D].
     """
     draws = rate > 0 and key is not None
-    shape = Shape(*qkv_TX.shape, heads, tokens.examples, tokens.length, qkv_TX.dtype.name)
+    slots, width = qkv_TX.shape
+    shape = Shape(slots, width, heads, tokens.examples, tokens.length, qkv_TX.dtype.name)
     way = "blocks" if draws or sharding.devices() > 1 else choose(shape)
     if way != "blocks":
         return WAYS[way](tokens, qkv_TX, heads=heads)
@@ -120,15 +121,16 @@ def windowed(
     q, k, v = jnp.split(jnp.moveaxis(x_THD, 0, 1), 3)
     mask = splash.LocalMask((grown, grown), (0, tokens.length - 1), 0)
     sizes = splash.BlockSizes(
-        **{name: tile for name in ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv")},
-        **{name: tile for name in ("block_kv_dkv_compute", "block_q_dq", "block_kv_dq")},
-    )
+        block_q=tile, block_kv=tile, block_kv_compute=tile,
+        block_q_dkv=tile, block_kv_dkv=tile, block_kv_dkv_compute=tile,
+        block_q_dq=tile, block_kv_dq=tile,
+    )  # fmt: skip
     run = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([mask] * heads), block_sizes=sizes, interpret=interpret
     )
     owner = jnp.pad(_owners(tokens), (0, grown - slots))
     seen_HTD = run(q / math.sqrt(size), k, v, segment_ids=splash.SegmentIds(owner, owner))
-    return jnp.moveaxis(seen_HTD, 0, 1)[:slots, :, :size]
+    return jnp.moveaxis(jnp.asarray(seen_HTD), 0, 1)[:slots, :, :size]
 
 
 WAYS: dict[str, Callable[..., jax.Array]] = {
