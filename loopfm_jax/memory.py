@@ -26,7 +26,7 @@ def keep_freed() -> None:
     32 MB: some ten thousand page faults, half the time of a VM step. The price: the process
     holds on to its peak.
     """
-    _set_options({MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1})
+    _set_options({MMAP_MAX: 0, TRIM_THRESHOLD: -1})  # -1: none is given back
 
 
 def _set_options(options: dict[int, int]) -> None:

@@ -15,7 +15,7 @@ PAUSE_S = 0.3
 """Between slices: idle OpenMP threads spin for 0.2 s."""
 QUIET = 0.05
 """A round in which other processes used more of the cores than this is taken again, if it can."""
-EXTRA = 1.0
+EXTRA = 1 / 3
 """Repeats at most, as a share of the rounds."""
 
 
@@ -49,7 +49,7 @@ def ratios(rounds: Sequence[Round], name: str, other: str, *, more_is_better: bo
 
 
 def take_rounds(sides: Mapping[str, Child], *, rounds: int, seconds: float) -> list[Round]:
-    """So many rounds; of at most twice as many, those in which others disturbed least."""
+    """so many rounds; of at most a third more, those in which others disturbed least."""
     taken: list[Round] = []
     allowed = rounds + int(np.ceil(EXTRA * rounds))
     while len(taken) < allowed and sum(r.others <= QUIET for r in taken) < rounds:
