@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,13 +13,10 @@ from loopfm_jax.data.batches import Assemble, GlobalBatches, OrderConfig, iterat
 from loopfm_jax.loop import put
 from loopfm_jax.progress import track
 
-Step = Callable[[Any, dict[str, jax.Array], Any], dict[str, jax.Array]]
-"""(model, batch, constants) -> what is kept of every row."""
-
 
 def run(
     model: nnx.Module,
-    step: Step,
+    step: Callable[[Any, dict[str, jax.Array], Any], dict[str, jax.Array]],
     rows: np.ndarray,
     assemble: Assemble,
     writers: Mapping[str, np.ndarray],
@@ -36,6 +32,7 @@ def run(
     first batch, which compiles.
     """
     graphdef, state = nnx.split(model)
+    jitted = jax.jit(lambda s, b, c: step(nnx.merge(graphdef, s), b, c))
     per_device = mesh.shape["data"]
     config = OrderConfig(batch=max(per_device, batch // per_device * per_device))
     source = GlobalBatches(rows, assemble, config=config)
@@ -51,8 +48,7 @@ def run(
 
     with track(title, total=len(rows), unit="examples") as advance:
         for n, host_batch in enumerate(iterate(source)):
-            values = _apply(step, graphdef, state, put(host_batch, mesh), constants)
-            waiting.append((n * config.batch, values))
+            waiting.append((n * config.batch, jitted(state, put(host_batch, mesh), constants)))
             if len(waiting) > 1:
                 count = write()
                 started, done = (time.monotonic(), 0) if n == 1 else (started, done + count)
@@ -60,9 +56,3 @@ def run(
         while waiting:
             done += write()
     return done / (time.monotonic() - started) if len(source) > 1 else float("nan")
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _apply(step: Step, graphdef: Any, state: Any, batch: Any, constants: Any) -> Any:
-    """One program for all runs of models of one form: a checkpoint a day is traced once."""
-    return step(nnx.merge(graphdef, state), batch, constants)

@@ -46,21 +46,3 @@ def test_rate_counts_every_row_after_the_first_batch(monkeypatch):
     monkeypatch.setattr(infer, "time", clock)
     assert run(np.arange(5), batch=2)[1] == (2 + 1) / 10
     assert math.isnan(run(np.arange(5), batch=8)[1])
-
-
-def test_models_of_one_form_are_traced_once():
-    """As a refreshed FM's checkpoints are."""
-    traced = []
-
-    def step(model, batch, constants):
-        traced.append(len(batch["row_B"]))
-        return {"x": model.by[...] * batch["row_B"]}
-
-    rows, mesh = np.arange(4), make_mesh(MeshConfig())
-    for factor in (2.0, 5.0):
-        model, found = Scale(), np.zeros(4)
-        model.by[...] = jnp.full((), factor)
-        assemble = lambda rows: {"row_B": rows.astype(np.float32)}  # noqa: E731
-        infer.run(model, step, rows, assemble, {"x": found}, batch=2, mesh=mesh, title="")
-        np.testing.assert_array_equal(found, factor * rows)
-    assert traced == [2]

@@ -31,8 +31,6 @@ from loopfm_jax.optim import OptimConfig
 
 TAOBAO = PUBLIC["TaobaoAd_x1"]
 LOG, PREPARED = LogSpec(TAOBAO.schema), PreparedSpec(TAOBAO.schema)
-SHORT_LOG = replace(LOG, rows=16_384)
-"""Where a step is the whole log."""
 HISTORIES = HistorySpec()
 OPTIM = OptimConfig(embedding_l2=5e-6)
 FAST = Side("loopfm", "fast", spec={"optim": {**asdict(OPTIM), "tables": "rowwise_adagrad"}})
@@ -139,7 +137,7 @@ def export(
     backbone: BackboneConfig,
     *,
     batch: int = 4096,
-    prepare: LogSpec = SHORT_LOG,
+    prepare: LogSpec = LOG,
 ) -> Case:
     """Logging codes and soft labels, beside predicting alone and the same program at rest."""
     return Case(
