@@ -10,7 +10,7 @@ rows, so that what is measured is the dense part. The FM trains with its compres
 `train-fm`.
 
 Sizes that do not fit are left out by name. An accelerator wants larger batches (last line above).
-Not yet measured; see configs/README.md.
+Measured in configs/README.md.
 """
 
 from pathlib import Path
