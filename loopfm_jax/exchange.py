@@ -87,11 +87,8 @@ def sort(ids_n: jax.Array, *, none: int) -> Wanted:
     sorted_n = ids_n[order_n]
     new_n = (sorted_n > 0) & (sorted_n != jnp.roll(sorted_n, 1).at[0].set(0))
     rank_n = jnp.cumsum(new_n) - 1
-    once_n = (
-        jnp.full_like(ids_n, none)
-        .at[jnp.where(new_n, rank_n, len(ids_n))]
-        .set(sorted_n, mode="drop")
-    )
+    first_n = jnp.where(new_n, rank_n, len(ids_n))
+    once_n = jnp.full_like(ids_n, none).at[first_n].set(sorted_n, mode="drop")
     place_n = jnp.where(sorted_n > 0, rank_n, len(ids_n)).astype(jnp.int32)
     return Wanted(once_n, jnp.zeros_like(place_n).at[order_n].set(place_n))
 

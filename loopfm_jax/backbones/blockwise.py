@@ -29,7 +29,6 @@ def by_block(f: Callable[..., Any], *, ahead: int = 0) -> Callable[..., Any]:
         too, comes to it in a `Partial`, or several devices could not share it.
       ahead: how many tokens after a token its answer may depend on.
     """
-
     f = f if isinstance(f, Partial) else Partial(f)
 
     def run(tokens: Tokens, *per_token: jax.Array, key: Key) -> Any:

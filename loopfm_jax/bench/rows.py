@@ -133,12 +133,7 @@ def vm_infer(name: str, backbone: BackboneConfig, *, batch: int, prepare: LogSpe
     )
 
 
-def export(
-    backbone: BackboneConfig,
-    *,
-    batch: int = 4096,
-    prepare: LogSpec = LOG,
-) -> Case:
+def export(backbone: BackboneConfig, *, batch: int = 4096, prepare: LogSpec = LOG) -> Case:
     """Logging codes and soft labels, beside predicting alone and the same program at rest."""
     return Case(
         name=f"export/{backbone.name}",
