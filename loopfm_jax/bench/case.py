@@ -114,10 +114,7 @@ def _result(
     key = one.side.key
     value = spread([r.measured[key].value for r in rounds])
     flops = case.flops(facts) if case.flops else None
-    narrow = one.side.dtype == "bfloat16"
-    peak = bench.limits[
-        "flops_bfloat16" if narrow and "flops_bfloat16" in bench.limits else "flops"
-    ]
+    peak = bench.limits.get(f"flops_{one.side.dtype}", bench.limits["flops"])
     return {
         "name": case.name,
         "mode": one.side.mode,

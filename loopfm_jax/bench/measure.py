@@ -49,7 +49,7 @@ def ratios(rounds: Sequence[Round], name: str, other: str, *, more_is_better: bo
 
 
 def take_rounds(sides: Mapping[str, Child], *, rounds: int, seconds: float) -> list[Round]:
-    """so many rounds; of at most a third more, those in which others disturbed least."""
+    """So many rounds; of at most a third more, those in which others disturbed least."""
     taken: list[Round] = []
     allowed = rounds + int(np.ceil(EXTRA * rounds))
     while len(taken) < allowed and sum(r.others <= QUIET for r in taken) < rounds:
