@@ -26,6 +26,8 @@ from loopfm_jax.data.schema import Schema
 
 Ready = list[tuple[Inputs, torch.Tensor]]
 REQUESTS = 16
+MOST = 32
+"""Batches that stand ready."""
 
 
 class Subject:
@@ -57,8 +59,10 @@ class Subject:
         for f in self.schema.sequences:
             values, lengths = log[f"values/{f.name}"], log[f"lengths/{f.name}"]
             ids[f.name] = padded(values, lengths, length=f.length, behind=behind)
-        found = []
+        found: Ready = []
         for start in range(0, len(log["label"]) - self.batch + 1, self.batch):
+            if len(found) == MOST:
+                break
             at = slice(start, start + self.batch)
             own = inputs(self.schema, {n: x[at] for n, x in ids.items()}, log["floats"][at])
             label_B = torch.as_tensor(log["label"][at], dtype=torch.float32)
@@ -91,14 +95,15 @@ class Train:
         self._optimiser = torch.optim.Adam(self._trained, lr=rate, eps=1e-8)
         self._losses: list[float] = []
         self._done = 0
-        self._chosen = self._fused = False
+        self._runs, self._fused = 0, False
 
     def run(self, *, seconds: float, steps: int) -> Measured:
         of = self._of
         found = timed(
             self._one, of.wait, seconds=seconds, steps=steps, examples=of.batch, losses=self._losses
         )
-        if not self._chosen:  # behind the first run, which warms up and is compared by its losses
+        self._runs += 1
+        if self._runs == 2:  # the first is compared by its losses, beside others that start
             self._choose()
         return replace(found, more={"fused_adam": float(self._fused)})
 
@@ -141,7 +146,7 @@ class Train:
             self._optimiser.step()
             self._of.wait()
             took[fused] = min(took.get(fused, np.inf), time.perf_counter() - started)
-        self._chosen, self._fused = True, took[True] < took[False]
+        self._fused = took[True] < took[False]
         for group in self._optimiser.param_groups:
             group["fused"] = self._fused
 

@@ -1,6 +1,7 @@
 """One case of `rows`: starts its sides, checks that they compute the same, times them in rounds."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,8 @@ def run_case(case: Case, bench: Bench) -> list[dict[str, Any]]:
         sides = {t.side.key: t.child for t in timed}
         seconds = bench.seconds if case.seconds is None else case.seconds
         rounds = take_rounds(sides, rounds=bench.rounds, seconds=seconds)
+        for child in sides.values():  # end at once, as each takes a second to do so
+            child.leave()
     mine = [t for t in timed if t.side in case.ours]
     others = [t for t in timed if t.side in case.peers]
     found = []
@@ -69,7 +72,7 @@ def run_case(case: Case, bench: Bench) -> list[dict[str, Any]]:
 
 def _start(case: Case, facts: Facts, bench: Bench, stack: ExitStack) -> list[Timed]:
     """All sides built and warm; the first of ours leaves the weights that peers start from."""
-    weights, timed = bench.folder / "weights.npz", []
+    weights = bench.folder / "weights.npz"
     sides = [
         side
         for side in (*case.ours, *case.peers)
@@ -77,20 +80,32 @@ def _start(case: Case, facts: Facts, bench: Bench, stack: ExitStack) -> list[Tim
         and not (side.accelerator and bench.limits["platform"] == "cpu")
     ]
     children = [stack.enter_context(_open(side, bench)) for side in sides]  # imports overlap
-    for side, child in zip(sides, children, strict=True):
-        spec = {**case.spec, **facts, "platform": bench.limits["platform"], **side.spec}
-        if side is case.ours[0]:
-            spec["weights_to"] = str(weights)
-        elif side in case.peers:
-            spec["weights"] = str(weights)
-        try:
-            timed.append(_warm(case, side, spec, child))
-        except Failed as error:
-            if side in case.ours:
-                raise
-            say(f"{case.name}: {side.name} fails, and is left out: {error}")
+    told = {**case.spec, **facts, "platform": bench.limits["platform"]}
+
+    def warm(at: int, **more: str) -> Timed:
+        return _warm(case, sides[at], {**told, **sides[at].spec, **more}, children[at])
+
+    timed: list[Timed | None] = [warm(0, weights_to=str(weights))]
+    with ThreadPoolExecutor() as pool:  # what the others build and compile overlaps too
+        others = [
+            pool.submit(warm, at, **({"weights": str(weights)} if side in case.peers else {}))
+            for at, side in enumerate(sides)
+            if at > 0
+        ]
+        timed += [_came(case, *other) for other in zip(sides[1:], others, strict=True)]
     weights.unlink(missing_ok=True)
-    return timed
+    return [one for one in timed if one is not None]
+
+
+def _came(case: Case, side: Side, starting: Future[Timed]) -> Timed | None:
+    """None for a peer that did not."""
+    try:
+        return starting.result()
+    except Failed as error:
+        if side in case.ours:
+            raise
+        say(f"{case.name}: {side.name} fails, and is left out: {error}")
+        return None
 
 
 def _open(side: Side, bench: Bench) -> Child:
@@ -104,7 +119,6 @@ def _warm(case: Case, side: Side, spec: dict[str, Any], child: Child) -> Timed:
     """Built, compiled, its first losses known."""
     timed = Timed(side, child, child.setup(spec))
     timed.losses = child.run(seconds=0, steps=case.check.steps if case.check else 1).losses
-    child.run(seconds=0)
     return timed
 
 

@@ -89,13 +89,17 @@ class Child:
         """CPU time of the process and of those it started, so far; 0 where there is no /proc."""
         return sum(map(ticks, family(self._process.pid))) / os.sysconf("SC_CLK_TCK")
 
-    def close(self) -> None:
+    def leave(self) -> None:
+        """Asks it to end, and does not wait."""
         if self._process.poll() is None:
-            try:
-                self._send({"do": "close"})
-                self._process.wait(timeout=5)
-            except (Failed, subprocess.TimeoutExpired):
-                self._process.kill()
+            self._send({"do": "close"})
+
+    def close(self) -> None:
+        try:
+            self.leave()
+            self._process.wait(timeout=5)
+        except (Failed, subprocess.TimeoutExpired):
+            self._process.kill()
         self._process.wait()
         for file in (self._process.stdin, self._process.stdout, self._log):
             if file is not None:

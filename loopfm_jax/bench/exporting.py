@@ -62,10 +62,7 @@ class Export:
 
 
 class Forward:
-    """The same FM's predictions over the same batches, which wait on the device.
-
-    `codes` of the spec: with the compressor and the codes, of which nothing is read back.
-    """
+    """The same FM's predictions over the same batches, which wait on the device."""
 
     def __init__(self, spec: Spec):
         memory.keep_freed()
@@ -77,11 +74,10 @@ class Forward:
             put(exporter.lessons.batch(rows[low : low + size]), exporter.mesh)
             for low in range(0, len(rows), size)
         ]
-        self._rows, whole = len(rows), bool(spec.get("codes"))
+        self._rows = len(rows)
 
         def step(state: Any, batch: Any, constants: Any) -> Any:
-            logged = log_batch(nnx.merge(graphdef, state), batch, constants)
-            return logged if whole else logged["soft"]
+            return log_batch(nnx.merge(graphdef, state), batch, constants)["soft"]
 
         self._step = jax.jit(step)
 

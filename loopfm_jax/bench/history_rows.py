@@ -23,7 +23,7 @@ def structure(events: int, mean_history: int) -> Case:
 
 
 def encoder(
-    fill: float, *, batch: int = 4096, width: int = 64, length: int = 50, entries: int = 1_000_000
+    fill: float, *, batch: int = 2048, width: int = 64, length: int = 50, entries: int = 1_000_000
 ) -> Case:
     """The DMIN encoder over histories full by `fill`, packed beside padded."""
     config = EncoderConfig("dmin", width=width, heads=4)

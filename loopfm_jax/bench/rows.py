@@ -17,7 +17,6 @@ from loopfm_jax.bench.terms import (
     BF16,
     EXACT,
     FUXICTR,
-    SHIPPED,
     Case,
     Check,
     Facts,
@@ -134,15 +133,12 @@ def vm_infer(name: str, backbone: BackboneConfig, *, batch: int, prepare: LogSpe
 
 
 def export(backbone: BackboneConfig, *, batch: int = 4096, prepare: LogSpec = LOG) -> Case:
-    """Logging codes and soft labels, beside predicting alone and the same program at rest."""
+    """Logging codes and soft labels, beside predicting alone."""
     return Case(
         name=f"export/{backbone.name}",
         unit="examples/s",
         ours=(EXACT,),
-        peers=(
-            Side("forward", spec={"job": "forward"}),
-            Side("forward-and-codes", spec={"job": "forward", "codes": True}),
-        ),
+        peers=(Side("forward", spec={"job": "forward"}),),
         spec={"job": "export", "width": 64, **describe(prepare.schema, backbone, batch)},
         prepare=prepare,
     )
@@ -178,14 +174,16 @@ def grow(schema: Schema, rows: int) -> Schema:
 
 def devices(count: int, *, backbone: BackboneConfig = DIN, batch: int = 4096) -> Case:
     """One process with so many simulated devices on the same cores, tables split by rows over all,
-    beside one device: what sharding costs, and nothing about how it scales."""
+    beside one device: what sharding costs, and nothing about how it scales. Devices that share
+    cores need threads of their own; one device given as many shows what those alone cost."""
     backbone = replace(backbone, tables=replace(backbone.tables, row_multiple=128))
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}", "NPROC": "32"}
+    threads = {"NPROC": str(2 * count)}
+    split = threads | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
     return Case(
         name=f"tables/{count}-devices",
         unit="examples/s",
-        ours=(Side("loopfm", env=flags, spec={"mesh": {"data": count}}),),
-        peers=(Side("one-device"),),
+        ours=(Side("loopfm", env=split, spec={"mesh": {"data": count}}),),
+        peers=(Side("one-device"), Side("one-device-as-many-threads", env=threads)),
         spec={"job": "train", **describe(LOG.schema, backbone, batch)},
         prepare=LOG,
         check=Check(),
@@ -212,9 +210,9 @@ CASES = (
     fm_train("din-bars-no-dropout", DIN),
     fm_train("din-dice-small", DICE, same_steps=False),
     fm_train("dmin-bars", BARS_DMIN, batch=2048, peers=(FUXICTR, BF16), same_steps=False),
-    fm_train("dien-bars", BARS_DIEN, batch=2048, same_steps=False),
-    fm_train("din-width-0.25", scaled(DIN, 0.25), peers=(FUXICTR, SHIPPED)),
-    *(fm_train(f"din-width-{by:g}", scaled(DIN, by)) for by in (0.5, 2)),
+    fm_train("dien-bars", BARS_DIEN, batch=1024, same_steps=False),
+    *(fm_train(f"din-width-{by:g}", scaled(DIN, by)) for by in (0.25, 0.5)),
+    fm_train("din-width-2", scaled(DIN, 2), batch=2048),
     *(encoder(fill) for fill in (0.13, 0.3, 1.0)),
     tables(10_000_000),
     tables(100_000_000),
