@@ -50,6 +50,9 @@ class TrainConfig:
     """Arithmetic of the dense layers; parameters stay float32."""
     checkpoint_steps: int = 1000
     """Steps between checkpoints."""
+    fsdp: bool = False
+    """The DNN's kernels and their moments lie split over mesh.data too: less memory, at the price
+    of gathering them every step."""
 
     def __post_init__(self) -> None:
         check_limits("train", {"checkpoint_steps": self.checkpoint_steps}, low=1)
@@ -100,7 +103,7 @@ def train(
     memory.keep_freed()  # here and not earlier: preparing a log should give its memory back
     source = GlobalBatches(rows, assemble, config=config.order, seed=seed)
     optimiser = make_optimiser(config.optim, steps=len(source))
-    graphdef, state, shardings = create(task.build, optimiser, mesh, seed)
+    graphdef, state, shardings = create(task.build, optimiser, mesh, seed, fsdp=config.fsdp)
     rest = with_pretrained(state.rest, pretrained or {}, shardings.rest)
     state = replace(state, rest=rest)
     if start is not None:
@@ -132,11 +135,13 @@ def create(
     optimiser: Optimiser,
     mesh: Mesh,
     seed: int,
+    *,
+    fsdp: bool = False,
 ) -> tuple[Any, State, State]:
     """A fresh state, born sharded: (graph, state, its shardings)."""
     graphdef, init = outline(build, optimiser)
     number = jnp.asarray(seed, jnp.uint32)
-    shardings = sharding.for_state(mesh, jax.eval_shape(init, number))
+    shardings = sharding.for_state(mesh, jax.eval_shape(init, number), fsdp=fsdp)
     return graphdef, jax.jit(init, out_shardings=shardings)(number), shardings
 
 
@@ -175,6 +180,7 @@ def make_step(
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
 
         def loss(model: nnx.Module) -> tuple[jax.Array, Any]:
+            gather(model, shardings.params)
             value, numbers = task.loss(model, batch, constants, key)
             return value, (numbers, _parts(model)[1])
 
@@ -186,9 +192,28 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
+def gather(model: nnx.Module, shardings: Any) -> None:
+    """Its kernels that FSDP splits, as the step computes with them."""
+    if any(where.spec == sharding.FSDP for where in jax.tree.leaves(shardings)):
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        whole = jax.tree.map(
+            lambda x, where: sharding.gather(x) if where.spec == sharding.FSDP else x,
+            params,
+            shardings,
+        )
+        nnx.update(model, whole)
+
+
 def put(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-    """A host batch on the devices, split over `data` by its first axis."""
-    return jax.device_put(batch, sharding.split(mesh, "data"))
+    """A host batch on the devices, split over `data` by its first axis.
+
+    Raises:
+      UserError: a size that the mesh does not divide.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        name = "batch" + jax.tree_util.keystr(path)
+        sharding.check_divides(mesh, name, leaf.shape, ("examples",))
+    return jax.device_put(batch, sharding.split(mesh, "examples"))
 
 
 def count(params: Any) -> int:

@@ -1,7 +1,8 @@
 """One mesh (data, model) and one table of rules: which axis of which array is split over what.
 
 "pjit" in this project means `jax.jit` with these shardings. Tables are split by rows over all
-devices, dense kernels by columns over `model`, batches over `data`; everything else is replicated.
+devices, kernels of a DNN by columns over `model`, batches over `data`; everything else is
+replicated. With FSDP a DNN's kernels lie split over `data` too, and are gathered for the step.
 """
 
 import math
@@ -16,10 +17,27 @@ from loopfm_jax.errors import UserError, check_limits
 
 ALL = ("data", "model")
 """The axes of every mesh."""
-RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"rows_VE$", PartitionSpec(ALL, None)),
-    (r"(hidden|dnn).*kernel$", PartitionSpec(None, "model")),
+AXES: dict[str | None, str | tuple[str, ...] | None] = {
+    "rows": ALL,
+    "columns": "model",
+    "columns and data": ("model", "data"),
+    "examples": "data",
+    "entries": None,
+    None: None,
+}
+"""Axes of arrays by what they count -> the axes of the mesh that split them; None: whole."""
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"\brows_VE$", ("rows", None)),
+    (r"\bdnn/layers/\d+/kernel$", (None, "columns")),
 )
+"""The axes of a parameter, and of what an optimiser keeps of it, by the end of its path."""
+REMEDY = {
+    "rows": "make tables.row_multiple a multiple of that",
+    "columns": "make every width of the backbone's `hidden` a multiple of that",
+    "columns and data": "make every width of the backbone's `hidden` a multiple of that, or leave "
+    "train.fsdp out",
+    "examples": "choose a mesh.data that divides them, a power of two for most sizes",
+}
 
 
 @dataclass(frozen=True)
@@ -55,33 +73,67 @@ def devices() -> int:
 
 
 def split(mesh: Mesh, *axes: str | None) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec(*axes))
+    """Of an array with these axes, by their names in `AXES`; further axes are whole."""
+    return NamedSharding(mesh, PartitionSpec(*(AXES[axis] for axis in axes)))
 
 
-def for_state(mesh: Mesh, tree: Any) -> Any:
+def for_state(mesh: Mesh, tree: Any, *, fsdp: bool = False) -> Any:
     """Shardings of a parameter or optimiser tree (of arrays or their shapes), by leaf path.
 
-    A leaf whose size a rule's axis does not divide stays replicated.
+    fsdp: what `RULES` split by columns over `model` is split over `data` too.
+
+    Raises:
+      UserError: a size that the mesh does not divide.
     """
 
     def rule(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
-        for pattern, spec in RULES:
-            if re.search(pattern, name) and _divides(mesh, spec, leaf.shape):
-                return NamedSharding(mesh, spec)
-        return NamedSharding(mesh, PartitionSpec())
+        axes = axes_of(name)
+        if fsdp:
+            axes = tuple("columns and data" if axis == "columns" else axis for axis in axes)
+        check_divides(mesh, name, leaf.shape, axes)
+        return split(mesh, *axes)
 
     return jax.tree.map_with_path(rule, tree)
 
 
-def _divides(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> bool:
-    if len(spec) != len(shape):
-        return False
-    for size, axes in zip(shape, spec, strict=True):
-        names = (axes,) if isinstance(axes, str) else axes or ()
-        parts = 1
-        for name in names:
-            parts *= mesh.shape[name]
+def axes_of(name: str) -> tuple[str | None, ...]:
+    """By the one rule that knows the path; none: the array is whole everywhere.
+
+    Raises:
+      ValueError: two rules know it.
+    """
+    found = {pattern: axes for pattern, axes in RULES if re.search(pattern, name)}
+    if len(found) > 1:
+        raise ValueError(f"{name}: the rules {' and '.join(found)} collide")
+    return next(iter(found.values()), ())
+
+
+def check_divides(
+    mesh: Mesh, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]
+) -> None:
+    """Raises UserError where the mesh does not divide an axis, with both names of it."""
+    for size, axis in zip(shape, axes, strict=False):
+        over = AXES[axis] or ()
+        over = (over,) if isinstance(over, str) else over
+        parts = math.prod(mesh.shape[one] for one in over)
         if size % parts:
-            return False
-    return True
+            told = " x ".join(f"mesh.{one}" for one in over)
+            raise UserError(
+                f"{name}: {size} {axis} do not divide over {told} = {parts}: {REMEDY[axis or '']}"
+            )
+
+
+@jax.custom_vjp
+def gather(kernel: jax.Array) -> jax.Array:
+    """A kernel that FSDP splits, as the step computes with it: split over `model` alone. Its
+    gradient is split as the kernel was."""
+    return jax.lax.with_sharding_constraint(kernel, PartitionSpec(None, AXES["columns"]))
+
+
+def _scatter(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.with_sharding_constraint(gradient, FSDP),)
+
+
+FSDP = PartitionSpec(None, AXES["columns and data"])
+gather.defvjp(lambda kernel: (gather(kernel), None), _scatter)

@@ -49,6 +49,10 @@ CASES = {
     "deepfm": BackboneConfig("deepfm", **SMALL, dropout=0.2),
     "deepfm_norm": BackboneConfig("deepfm", **SMALL, **DICE, norm="hidden"),
     "dcnv2": BackboneConfig("dcnv2", **SMALL, cross_layers=2, dropout=0.1),
+    "wukong": BackboneConfig("wukong", **SMALL, layers=2, rank=3, mix_hidden=(7,)),
+    "wukong_remat": BackboneConfig(
+        "wukong", **SMALL, layers=3, rank=3, mix_hidden=(7,), remat=True, dropout=0.1
+    ),
     "din": BackboneConfig("din", **SMALL),
     "din_softmax": BackboneConfig("din", **SMALL, **DICE, attention_softmax=True),
     "dien": BackboneConfig("dien", **SMALL),

@@ -47,8 +47,9 @@ def test_output_is_finite_and_its_taps_are_named(case):
     wide = shapes.pop("embedding")
     own = {"fm2": {"interaction": (B, E)}, "fmfm": {"interaction": (B, E)}}
     hidden = {"hidden_0": (B, 8), "hidden_1": (B, 6)}
-    cross = {"cross": wide} if case == "dcnv2" else {}
-    assert shapes == own.get(CASES[case].name, hidden | cross)
+    more = {"dcnv2": {"cross": wide}, "wukong": {"interaction": wide}}
+    name = CASES[case].name
+    assert shapes == own.get(name, hidden | more.get(name, {}))
     assert wide[0] == B and len(wide) == 2
     assert output.trunk_BW.shape == (B, m.merged().trunk_width)
     assert all_finite(output)
@@ -176,7 +177,7 @@ def test_bfloat16_stays_close(case):
     np.testing.assert_allclose(got, want, atol=0.1 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("case", ["deepfm", "dcnv2", "din", "dien", "dmr", "dmin"])
+@pytest.mark.parametrize("case", ["deepfm", "dcnv2", "wukong", "din", "dien", "dmr", "dmin"])
 def test_what_nobody_reads_costs_nothing(case):
     m = model(case)
     embedded = m.embed(make_features())
@@ -227,6 +228,9 @@ def test_limits_of_the_options():
     for options, message in (
         (dict(cross_layers=0), "backbone.cross_layers is 0"),
         (dict(attention_hidden=(8, 0)), r"backbone.attention_hidden\[1\] is 0"),
+        (dict(mix_hidden=(0,)), r"backbone.mix_hidden\[0\] is 0"),
+        (dict(layers=0), "backbone.layers is 0"),
+        (dict(rank=0), "backbone.rank is 0"),
         (dict(name="dmr", u2i=True, position_width=0), "backbone.position_width is 0"),
     ):
         with pytest.raises(UserError, match=message):

@@ -1,25 +1,16 @@
 """Tables split over devices: rows asked of their owners, and what a whole step sends."""
 
-import re
-from dataclasses import replace
-from functools import cache
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bench_cases import SCHEMA, backbone
 from jax.sharding import NamedSharding
+from mesh_steps import CONFIG, MANY, MESHES, collectives, steps
 
-from loopfm_jax import exchange, loop
+from loopfm_jax import exchange
 from loopfm_jax.backbones import blockwise
-from loopfm_jax.bench import rows
-from loopfm_jax.bench.model import make_subject
-from loopfm_jax.data.batches import GlobalBatches
-from loopfm_jax.optim import make_optimiser
 from loopfm_jax.sharding import MeshConfig, make_mesh, split
 
-MESHES = ((1, 1), (8, 1), (4, 2), (1, 8))
 E = 3
 every_mesh = pytest.mark.parametrize("shape", MESHES[1:])
 
@@ -50,7 +41,7 @@ def test_rows_and_their_gradients_are_those_of_one_device(shape):
         return jax.grad(loss, has_aux=True)(table_VE)
 
     placed = jax.device_put(table_VE, NamedSharding(mesh, exchange.ROWS))
-    gradient, found = learn(placed, jax.device_put(ids, split(mesh, "data")))
+    gradient, found = learn(placed, jax.device_put(ids, split(mesh, "examples")))
     want = np.zeros_like(table_VE)
     for i, w, rows_XE in zip(ids, weights, found, strict=True):
         np.testing.assert_array_equal(rows_XE, np.where(i[..., None] > 0, table_VE[i], 0))
@@ -68,33 +59,6 @@ def test_it_does_not_apply_on_one_device_or_where_sizes_do_not_divide():
 
 # ------------------------------------------------------------------------------- whole steps
 
-MANY = replace(
-    SCHEMA,
-    fields=tuple(replace(f, rows=5_000 if "item" in f.name else f.rows) for f in SCHEMA.fields),
-)
-"""More table rows than a step looks up, so that what is of a table's size is seen to be."""
-CONFIG = backbone("dmin", heads=2, attention_dropout=0.0, dropout=0.0)
-CONFIG = replace(CONFIG, tables=replace(CONFIG.tables, width=4, row_multiple=128))
-
-
-@cache
-def steps(shape: tuple[int, int], folder, count: int = 20) -> tuple[list[float], str]:
-    """(losses of the first steps, the step's HLO)."""
-    facts = rows.LogSpec(MANY, rows=640)(folder)
-    mesh = {"data": shape[0], "model": shape[1]}
-    subject = make_subject({**rows.describe(MANY, CONFIG, 64), **facts, "mesh": mesh})
-    optimiser = make_optimiser(subject.config.train.optim, steps=count)
-    graphdef, state, shardings = loop.create(subject.build, optimiser, subject.mesh, 0)
-    step = loop.make_step(subject.task, optimiser, graphdef, shardings)
-    source = GlobalBatches(subject.rows, subject.examples.batch, config=subject.config.train.order)
-    losses, text = [], ""
-    for n in range(count):
-        batch = loop.put(source[n], subject.mesh)
-        text = text or step.lower(state, batch, subject.past).compile().as_text()
-        state, numbers = step(state, batch, subject.past)
-        losses.append(float(numbers["logloss"]))
-    return losses, text
-
 
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks():
@@ -111,26 +75,22 @@ def folder(tmp_path_factory):
 
 @every_mesh
 def test_twenty_steps_have_the_losses_of_one_device(shape, folder):
-    one, many = steps(MESHES[0], folder)[0], steps(shape, folder)[0]
+    one, many = steps(MESHES[0], folder).losses, steps(shape, folder).losses
     assert one[0] - min(one) > 1e-3, "something must have been learned"
     np.testing.assert_allclose(many, one, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(8, 1), (4, 2)])
+def test_kernels_split_over_data_too_give_the_same_losses(shape, folder):
+    one, many = steps(MESHES[0], folder), steps(shape, folder, fsdp=True)
+    np.testing.assert_allclose(many.losses, one.losses, rtol=1e-5)
+
+
 @every_mesh
-def test_no_collective_is_of_a_tables_size(shape, folder):
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_no_collective_is_of_a_tables_size(shape, fsdp, folder):
     """Whole steps with dense Adam; what is sent is at most a few times the looked-up rows."""
     table = MANY.table_rows * CONFIG.tables.width
-    sent = collectives(steps(shape, folder)[1])
+    sent = collectives(steps(shape, folder, fsdp=fsdp).hlo)
     assert sent and max(sent) < table / 2, (max(sent), table)
     assert collectives(f"x = f32[{table}] all-gather(y)") == [table]
-
-
-def collectives(hlo: str) -> list[int]:
-    """Numbers that each of them leaves on a device."""
-    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    found = re.findall(rf"= (.*?) (?:{kinds})(?:-start)?\(", hlo)
-    return [sum(map(_size, re.findall(r"\w+\d+\[([\d,]*)\]", shapes))) for shapes in found]
-
-
-def _size(shape: str) -> int:
-    return int(np.prod([int(n) for n in shape.split(",") if n]))

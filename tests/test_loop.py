@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from loopfm_jax import checkpoint, loop
 from loopfm_jax.backbones import BackboneConfig, build
@@ -17,7 +16,7 @@ from loopfm_jax.data.batches import Batch, OrderConfig
 from loopfm_jax.data.schema import Field, Schema
 from loopfm_jax.errors import UserError
 from loopfm_jax.optim import OptimConfig
-from loopfm_jax.sharding import MeshConfig, for_state, make_mesh
+from loopfm_jax.sharding import MeshConfig, make_mesh
 from loopfm_jax.tables import TableConfig
 
 ROWS, WIDTH = 160, 4
@@ -173,19 +172,6 @@ def test_a_batch_must_divide_over_the_mesh(tmp_path: Path) -> None:
 def test_a_mesh_larger_than_the_machine_is_refused() -> None:
     with pytest.raises(UserError, match="needs 16 devices, but there are 8"):
         make_mesh(MeshConfig(8, 2))
-
-
-def test_rules_shard_tables_over_all_devices_and_kernels_over_model() -> None:
-    mesh = make_mesh(MeshConfig(4, 2))
-    shapes = {
-        "table": {"rows_VE": jax.ShapeDtypeStruct((128, 4), jnp.float32)},
-        "dnn": {"kernel": jax.ShapeDtypeStruct((6, 8), jnp.float32)},
-        "odd": {"rows_VE": jax.ShapeDtypeStruct((9, 4), jnp.float32)},
-    }
-    found = for_state(mesh, shapes)
-    assert found["table"]["rows_VE"].spec == PartitionSpec(("data", "model"), None)
-    assert found["dnn"]["kernel"].spec == PartitionSpec(None, "model")
-    assert found["odd"]["rows_VE"].spec == PartitionSpec()
 
 
 def test_a_model_without_numeric_columns_is_saved_and_loaded(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def config(name: str = "deepfm", **scale) -> Config:
 # --------------------------------------------------------------------------------- the dial
 
 
-@pytest.mark.parametrize("name", ["deepfm", "dcnv2", "din", "dmin"])
+@pytest.mark.parametrize("name", ["deepfm", "dcnv2", "wukong", "din", "dmin"])
 def test_every_size_is_hit_and_counted_exactly(name):
     sizes = (3e5, 1e7, 1e9)
     points = plan(config(name, sizes=sizes, sweeps=("fm", "vm")), dtype="float32")

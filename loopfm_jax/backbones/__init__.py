@@ -19,6 +19,7 @@ from loopfm_jax.backbones.dmr import DMR
 from loopfm_jax.backbones.fm2 import FM2
 from loopfm_jax.backbones.fmfm import FmFM
 from loopfm_jax.backbones.output import Backbone
+from loopfm_jax.backbones.wukong import Wukong
 from loopfm_jax.data.schema import Schema
 
 __all__ = ["BACKBONES", "Backbone", "BackboneConfig", "build"]
@@ -28,6 +29,7 @@ BACKBONES = {
     "fmfm": FmFM,
     "deepfm": DeepFM,
     "dcnv2": DCNv2,
+    "wukong": Wukong,
     "din": partial(SequenceBackbone, DIN),
     "dien": partial(SequenceBackbone, DIEN),
     "dmr": partial(SequenceBackbone, DMR),

@@ -14,7 +14,7 @@ from loopfm_jax.data.schema import Behaviour, Schema
 from loopfm_jax.errors import check_limits
 from loopfm_jax.tables import Embedder, TableConfig
 
-BackboneName = Literal["fm2", "fmfm", "deepfm", "dcnv2", "din", "dien", "dmr", "dmin"]
+BackboneName = Literal["fm2", "fmfm", "deepfm", "dcnv2", "wukong", "din", "dien", "dmr", "dmin"]
 
 SEQUENCE_BACKBONES = ("din", "dien", "dmr", "dmin")
 """Backbones that cannot do without behaviour sequences."""
@@ -56,15 +56,32 @@ class BackboneConfig:
     """fmfm: the weight of a pair of fields."""
     cross_layers: int = 4
     """dcnv2: number of cross layers."""
+    layers: int = 3
+    """wukong: interaction layers, one after the other."""
+    rank: int = 16
+    """wukong: K, columns to which the products of all pairs of fields are projected."""
+    mix_hidden: tuple[int, ...] = (256,)
+    """wukong: widths of the MLP behind them, in every layer."""
+    remat: bool = False
+    """wukong: activations inside a layer are computed again for the gradient, not kept."""
     tables: TableConfig = field(default_factory=TableConfig)
     behaviours: bool = False
     """Read behaviour sequences, as pooled fields, in a backbone that could do without them."""
 
     def __post_init__(self) -> None:
         rates = {"dropout": self.dropout, "attention_dropout": self.attention_dropout}
-        layers = {"hidden": self.hidden, "attention_hidden": self.attention_hidden}
+        layers = {
+            "hidden": self.hidden,
+            "attention_hidden": self.attention_hidden,
+            "mix_hidden": self.mix_hidden,
+        }
         check_dnn("backbone", layers=layers, rates=rates)
-        counts = {"heads": self.heads, "cross_layers": self.cross_layers}
+        counts = {
+            "heads": self.heads,
+            "cross_layers": self.cross_layers,
+            "layers": self.layers,
+            "rank": self.rank,
+        }
         check_limits("backbone", counts, low=1)
         check_limits("backbone", {"position_width": self.position_width}, low=int(self.u2i))
 
@@ -100,10 +117,15 @@ class Spec:
         return tuple(f.name for f in self.schema.sequences if f.name not in past)
 
     @property
+    def fields(self) -> int:
+        """F of `stack_fields`."""
+        own = len(self.schema.categorical) + len(self.schema.numeric) + len(self.pooled)
+        return own + self.extra_fields
+
+    @property
     def flat_width(self) -> int:
         """Width of `stack_fields`, laid flat."""
-        fields = len(self.schema.categorical) + len(self.schema.numeric) + len(self.pooled)
-        return (fields + self.extra_fields) * self.config.tables.width
+        return self.fields * self.config.tables.width
 
     def event_width(self, pair: Behaviour) -> int:
         """M, width of an event of that behaviour."""

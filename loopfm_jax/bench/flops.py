@@ -44,6 +44,8 @@ def forward(
             flat += interest_width(config, pair)
     if config.name == "dcnv2":
         total += config.cross_layers * chain(flat, flat) + chain(flat, 1)
+    if config.name == "wukong":
+        total += config.layers * wukong_layer(config, flat // width)
     return total + chain(flat, *config.hidden, 1)
 
 
@@ -147,6 +149,14 @@ def dmin(config: BackboneConfig, wide: int, tokens: float, pairs: float) -> floa
     return refiner + attend + config.heads * own
 
 
+def wukong_layer(config: BackboneConfig, fields: int) -> float:
+    """X^T Y, X of that, the MLP, and the fields that are kept."""
+    width, made = config.tables.width, fields // 2
+    products = 4 * fields * width * config.rank
+    mixed = chain(fields * config.rank, *config.mix_hidden, made * width)
+    return products + mixed + 2 * fields * (fields - made) * width
+
+
 INTERESTS = {"din": din, "dien": dien, "dmin": dmin}
-COUNTED = ("deepfm", "dcnv2", *INTERESTS)
+COUNTED = ("deepfm", "dcnv2", "wukong", *INTERESTS)
 """Backbones with a count."""

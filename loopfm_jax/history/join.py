@@ -79,7 +79,9 @@ class Join:
         """What the step reads besides batches: the stores that wait on the devices."""
         stores = {key: self.histories.stores[key] for key in self.reading.keys}
         entries = {k: self._entries(s, np.asarray) for k, s in stores.items() if self.on_device}
-        return jax.device_put(Past(entries, dict(self.reading.codecs)), sharding.split(mesh))
+        return jax.device_put(
+            Past(entries, dict(self.reading.codecs)), sharding.split(mesh, "entries")
+        )
 
     def _entries(self, store: Store, pick: Callable[[np.ndarray], np.ndarray]) -> Entries:
         """`pick` of every column that is read."""

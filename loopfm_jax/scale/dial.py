@@ -1,9 +1,9 @@
 """The dial: a number of dense parameters -> hidden widths.
 
-All widths of the DNN (with `widen="all"` also of the attention scores) are multiplied by one
-factor, so that a model keeps its shape; depth is the number of entries in `hidden` and stays what
-the configuration says, as do embedding width, encoder and compressor. Parameters are counted by
-building the model's shapes, which takes no memory.
+All widths of the DNN and of wukong's layers (with `widen="all"` also of the attention scores) are
+multiplied by one factor, so that a model keeps its shape; depth is the number of entries in
+`hidden` and stays what the configuration says, as do embedding width, encoder and compressor.
+Parameters are counted by building the model's shapes, which takes no memory.
 """
 
 import math
@@ -49,11 +49,10 @@ def measure(build: Callable[[nnx.Rngs], nnx.Module]) -> Size:
 
 def widen(config: BackboneConfig, by: float, what: Literal["dnn", "all"]) -> BackboneConfig:
     """Hidden widths times `by`, rounded; at least 1."""
-    hidden = tuple(_round(by * width) for width in config.hidden)
-    if what == "dnn":
-        return replace(config, hidden=hidden)
-    attention = tuple(_round(by * width) for width in config.attention_hidden)
-    return replace(config, hidden=hidden, attention_hidden=attention)
+    names = ["hidden", *(["mix_hidden"] if config.name == "wukong" else [])]
+    names += ["attention_hidden"] if what == "all" else []
+    grown = {name: tuple(_round(by * w) for w in getattr(config, name)) for name in names}
+    return replace(config, **grown)
 
 
 def _round(width: float) -> int:

@@ -39,42 +39,51 @@ class Machine:
 
 
 class Needs:
-    """The job: memory of a device (of the host on CPU) that a step takes, before it is taken.
+    """The job: memory of a device (of the host on CPU) that a model takes, before it is taken.
 
-    Parameters, moments, examples, gradients and activations are the compiler's own account of the
-    step; what the process or the device holds already is added to it.
+    The compiler's own account of the larger of two programs: what draws the parameters (a random
+    table takes several times its size while it is drawn), and a step with its moments, examples,
+    gradients and activations. What the process or the device holds already is added to it.
     """
 
     def __init__(self, spec: Spec):
         memory.keep_freed()
         subject = make_subject(spec)
-        account = _compile(subject).memory_analysis()
-        step = account.argument_size_in_bytes + account.temp_size_in_bytes
-        step += account.output_size_in_bytes - account.alias_size_in_bytes
+        drawing, step = (program.compile().memory_analysis() for program in _programs(subject))
         told = jax.local_devices()[0].memory_stats()
         if told:
-            held, limit = told["bytes_in_use"], told.get("bytes_limit")
+            held, limit, again = told["bytes_in_use"], told.get("bytes_limit"), 0
         else:
             held, free = memory.resident_bytes(), memory.free_bytes()
             limit = None if free is None else held + free
-        self.facts = {"needs_bytes": held + step, "limit_bytes": limit}
+            again = step.temp_size_in_bytes  # malloc finds no room where the last step's were
+        needs = max(_bytes(drawing), _bytes(step) + again)
+        self.facts = {"needs_bytes": held + needs, "limit_bytes": limit}
 
     def run(self, *, seconds: float, steps: int) -> Measured:
         return nothing()
 
 
-def _compile(subject: Subject | Taught) -> Any:
-    """The step, from shapes alone."""
+def _bytes(account: Any) -> int:
+    """What a program holds while it runs; results that take the place of arguments count once."""
+    made = account.output_size_in_bytes - account.alias_size_in_bytes
+    return account.argument_size_in_bytes + account.temp_size_in_bytes + made
+
+
+def _programs(subject: Subject | Taught) -> tuple[Any, Any]:
+    """What makes the state, and the step, lowered from shapes alone."""
     optimiser = make_optimiser(subject.config.train.optim, steps=FOREVER)
     graphdef, init = loop.outline(subject.build, optimiser)
-    shapes = jax.eval_shape(init, jnp.asarray(subject.seed, jnp.uint32))
-    shardings = sharding.for_state(subject.mesh, shapes)
+    seed = jnp.asarray(subject.seed, jnp.uint32)
+    shapes = jax.eval_shape(init, seed)
+    shardings = sharding.for_state(subject.mesh, shapes, fsdp=subject.config.train.fsdp)
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
     batch = loop.put(source_of(subject)[0], subject.mesh)
     step = loop.make_step(subject.task, optimiser, graphdef, shardings)
-    return step.lower(state, batch, subject.past).compile()
+    drawing = jax.jit(init, out_shardings=shardings).lower(seed)
+    return drawing, step.lower(state, batch, subject.past)
 
 
 class Pace:

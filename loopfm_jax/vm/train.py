@@ -58,7 +58,7 @@ class Examples:
         """What waits on the device."""
         if self.join is not None:
             return self.join.past(mesh)
-        return jax.device_put(Past({}, dict(self.reading.codecs)), sharding.split(mesh))
+        return jax.device_put(Past({}, dict(self.reading.codecs)), sharding.split(mesh, "entries"))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,102 @@
+"""One table of rules: what is split over what, what a mesh refuses, any mesh's checkpoint."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from backbone_cases import CASES, SCHEMAS
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from mesh_steps import steps
+
+from loopfm_jax import checkpoint, loop, sharding
+from loopfm_jax.backbones import build
+from loopfm_jax.data.batches import GlobalBatches, OrderConfig, iterate
+from loopfm_jax.errors import UserError
+from loopfm_jax.sharding import FSDP, MeshConfig, make_mesh
+
+MESH = (4, 2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("log")
+
+
+def by_path(tree) -> dict[str, jax.Array]:
+    return {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_tables_and_dnn_are_split_with_their_moments_and_nothing_else(fsdp, folder):
+    state = steps(MESH, folder, fsdp=fsdp).state
+    parts = {
+        name: x.size // x.addressable_shards[0].data.size for name, x in by_path(state).items()
+    }
+    tables = {name for name in parts if "rows_VE" in name}
+    kernels = {name for name in parts if re.search(r"'dnn'.*'layers'.*'kernel'", name)}
+    assert len(tables) == 3 * 1 and len(kernels) == 3 * 2, "parameters and two moments"
+    assert {parts[name] for name in tables} == {8}
+    assert {parts[name] for name in kernels} == {8 if fsdp else 2}
+    assert {n for name, n in parts.items() if name not in tables | kernels} == {1}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_table_and_hidden_layer_of_a_backbone_has_one_rule(case):
+    shapes = nnx.eval_shape(lambda: build(CASES[case], SCHEMAS[case], rngs=nnx.Rngs(0)))
+    names = {
+        "/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(shapes, nnx.Param))
+    }
+    known = {name: axes for name in names if (axes := sharding.axes_of(name))}
+    assert {n for n, axes in known.items() if "rows" in axes} == {
+        n for n in names if n.endswith("rows_VE")
+    }
+    assert {n for n, axes in known.items() if "columns" in axes} == {
+        n for n in names if re.search(r"dnn/layers/\d+/kernel", n)
+    }
+
+
+def test_rules_that_collide_say_so(monkeypatch):
+    more = (*sharding.RULES, (r"layers/0/kernel$", (None, "columns")))
+    monkeypatch.setattr(sharding, "RULES", more)
+    assert sharding.axes_of("dnn/layers/1/kernel") == (None, "columns")
+    with pytest.raises(ValueError, match="dnn/layers/0/kernel: the rules .* collide"):
+        sharding.axes_of("dnn/layers/0/kernel")
+
+
+def test_a_size_that_does_not_divide_names_its_axis_and_what_to_do():
+    mesh = make_mesh(MeshConfig(*MESH))
+
+    def place(name: str, *shape: int, fsdp: bool = False):
+        return sharding.for_state(mesh, {name: jax.ShapeDtypeStruct(shape, "f4")}, fsdp=fsdp)
+
+    assert place("rows_VE", 16, 3)["rows_VE"].spec == P(("data", "model"), None)
+    with pytest.raises(UserError, match="12 rows .* mesh.data x mesh.model = 8.*row_multiple"):
+        place("rows_VE", 12, 3)
+    with pytest.raises(UserError, match="7 columns .* mesh.model = 2: .*`hidden`"):
+        place("dnn/layers/0/kernel", 3, 7)
+    assert place("dnn/layers/0/kernel", 3, 6)["dnn/layers/0/kernel"].spec == P(None, "model")
+    with pytest.raises(UserError, match="6 columns and data .* = 8: .*fsdp"):
+        place("dnn/layers/0/kernel", 3, 6, fsdp=True)
+    assert place("dnn/layers/0/kernel", 3, 8, fsdp=True)["dnn/layers/0/kernel"].spec == FSDP
+    with pytest.raises(UserError, match=r"batch\['ids'\]: 6 examples .* mesh.data = 4"):
+        loop.put({"ids": np.zeros((6, 2))}, mesh)
+
+
+@pytest.mark.parametrize("onto", [(1, 1), (8, 1), (1, 8)])
+def test_a_checkpoint_of_one_mesh_is_restored_on_another_bit_equal(onto, folder, tmp_path):
+    saved = steps(MESH, folder, fsdp=True).state
+    other = steps(onto, folder).state  # as far along: the restored one must replace it
+    order = OrderConfig(epochs=1, batch=4)
+    batches = iterate(GlobalBatches(np.arange(16), lambda rows: {"rows": rows}, config=order))
+    next(batches)
+    with checkpoint.Saver(tmp_path, every=1) as saver:
+        saver.save(20, saved, batches, {})
+    fresh = jax.tree.map(lambda x: jax.device_put(np.zeros_like(x), x.sharding), other)
+    with checkpoint.Saver(tmp_path, every=1) as saver:
+        restored, _ = saver.restore(fresh, batches)
+    found, want, like = by_path(restored), by_path(saved), by_path(other)
+    for name, x in want.items():
+        np.testing.assert_array_equal(found[name], x, err_msg=name)
+        assert found[name].sharding == like[name].sharding, name
