@@ -119,8 +119,9 @@ def check_divides(
         parts = math.prod(mesh.shape[one] for one in over)
         if size % parts:
             told = " x ".join(f"mesh.{one}" for one in over)
+            what = str(axis).split()[0]
             raise UserError(
-                f"{name}: {size} {axis} do not divide over {told} = {parts}: {REMEDY[axis or '']}"
+                f"{name}: {size} {what} do not divide over {told} = {parts}: {REMEDY[axis or '']}"
             )
 
 

@@ -16,7 +16,7 @@ from flax import nnx
 from noise import noisy, parts
 from packed import pack_batch
 
-from loopfm_jax.backbones import BACKBONES, BackboneConfig, build
+from loopfm_jax.backbones import BackboneConfig, build
 from loopfm_jax.backbones.config import SEQUENCE_BACKBONES
 from loopfm_jax.bench.public import PUBLIC
 from loopfm_jax.data.schema import Schema
@@ -25,7 +25,7 @@ from loopfm_jax.tables import TableConfig
 pytestmark = pytest.mark.peers
 B, E = 24, 8
 TOLERANCE = {"float32": 1e-4, "float64": 1e-6}
-EVERY = [(data, name) for data in PUBLIC for name in BACKBONES]
+EVERY = [(data, name) for data, public in PUBLIC.items() for name in public.models]
 every_model = pytest.mark.parametrize(("data", "name"), EVERY, ids=[f"{n}-{d}" for d, n in EVERY])
 
 

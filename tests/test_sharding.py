@@ -77,7 +77,7 @@ def test_a_size_that_does_not_divide_names_its_axis_and_what_to_do():
     with pytest.raises(UserError, match="7 columns .* mesh.model = 2: .*`hidden`"):
         place("dnn/layers/0/kernel", 3, 7)
     assert place("dnn/layers/0/kernel", 3, 6)["dnn/layers/0/kernel"].spec == P(None, "model")
-    with pytest.raises(UserError, match="6 columns and data .* = 8: .*fsdp"):
+    with pytest.raises(UserError, match="6 columns do not .* mesh.model x mesh.data = 8: .*fsdp"):
         place("dnn/layers/0/kernel", 3, 6, fsdp=True)
     assert place("dnn/layers/0/kernel", 3, 8, fsdp=True)["dnn/layers/0/kernel"].spec == FSDP
     with pytest.raises(UserError, match=r"batch\['ids'\]: 6 examples .* mesh.data = 4"):
