@@ -180,7 +180,7 @@ def make_step(
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
 
         def loss(model: nnx.Module) -> tuple[jax.Array, Any]:
-            gather(model, shardings.params)
+            gather_kernels(model, shardings.params)
             value, numbers = task.loss(model, batch, constants, key)
             return value, (numbers, _parts(model)[1])
 
@@ -192,7 +192,7 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def gather(model: nnx.Module, shardings: Any) -> None:
+def gather_kernels(model: nnx.Module, shardings: Any) -> None:
     """Its kernels that FSDP splits, as the step computes with them."""
     if any(where.spec == sharding.FSDP for where in jax.tree.leaves(shardings)):
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
@@ -210,10 +210,13 @@ def put(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
     Raises:
       UserError: a size that the mesh does not divide.
     """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        name = "batch" + jax.tree_util.keystr(path)
-        sharding.check_divides(mesh, name, leaf.shape, ("examples",))
-    return jax.device_put(batch, sharding.split(mesh, "examples"))
+    try:
+        return jax.device_put(batch, sharding.split(mesh, "examples"))
+    except ValueError:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+            name = "batch" + jax.tree_util.keystr(path)
+            sharding.check_divides(mesh, name, leaf.shape, ("examples",))
+        raise
 
 
 def count(params: Any) -> int:

@@ -17,15 +17,16 @@ from loopfm_jax.errors import UserError, check_limits
 
 ALL = ("data", "model")
 """The axes of every mesh."""
-AXES: dict[str | None, str | tuple[str, ...] | None] = {
+AXES: dict[str, str | tuple[str, ...] | None] = {
     "rows": ALL,
     "columns": "model",
     "columns and data": ("model", "data"),
     "examples": "data",
     "entries": None,
-    None: None,
 }
 """Axes of arrays by what they count -> the axes of the mesh that split them; None: whole."""
+FSDP = PartitionSpec(None, AXES["columns and data"])
+"""Of a kernel that lies split over all devices."""
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"\brows_VE$", ("rows", None)),
     (r"\bdnn/layers/\d+/kernel$", (None, "columns")),
@@ -74,7 +75,7 @@ def devices() -> int:
 
 def split(mesh: Mesh, *axes: str | None) -> NamedSharding:
     """Of an array with these axes, by their names in `AXES`; further axes are whole."""
-    return NamedSharding(mesh, PartitionSpec(*(AXES[axis] for axis in axes)))
+    return NamedSharding(mesh, PartitionSpec(*(axis and AXES[axis] for axis in axes)))
 
 
 def for_state(mesh: Mesh, tree: Any, *, fsdp: bool = False) -> Any:
@@ -114,14 +115,13 @@ def check_divides(
 ) -> None:
     """Raises UserError where the mesh does not divide an axis, with both names of it."""
     for size, axis in zip(shape, axes, strict=False):
-        over = AXES[axis] or ()
-        over = (over,) if isinstance(over, str) else over
+        over = AXES[axis] if axis else None
+        over = (over,) if isinstance(over, str) else over or ()
         parts = math.prod(mesh.shape[one] for one in over)
-        if size % parts:
-            told = " x ".join(f"mesh.{one}" for one in over)
-            what = str(axis).split()[0]
+        if axis and size % parts:
+            told, what = " x ".join(f"mesh.{one}" for one in over), axis.split()[0]
             raise UserError(
-                f"{name}: {size} {what} do not divide over {told} = {parts}: {REMEDY[axis or '']}"
+                f"{name}: {size} {what} do not divide over {told} = {parts}: {REMEDY[axis]}"
             )
 
 
@@ -136,5 +136,4 @@ def _scatter(_: None, gradient: jax.Array) -> tuple[jax.Array]:
     return (jax.lax.with_sharding_constraint(gradient, FSDP),)
 
 
-FSDP = PartitionSpec(None, AXES["columns and data"])
 gather.defvjp(lambda kernel: (gather(kernel), None), _scatter)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 
 from loopfm_jax.backbones.config import Spec
-from loopfm_jax.backbones.layers import Key, split, stack_fields, wide
+from loopfm_jax.backbones.layers import Key, split, wide
 from loopfm_jax.backbones.output import Backbone, Output, name_taps
 from loopfm_jax.data.schema import Behaviour
 from loopfm_jax.errors import UserError
@@ -121,9 +121,7 @@ class SequenceBackbone(Backbone):
             wide(interest(see(embedded, pair), key=k))
             for pair, interest, k in zip(self.behaviours, self.interests, keys, strict=True)
         ]
-        fields_BFE = stack_fields(
-            embedded, pooled=self.pooled, extra_BKE=extra_BKE, extra_fields=self.extra_fields
-        )
+        fields_BFE = self.stack_fields(embedded, extra_BKE)
         parts.append(fields_BFE.reshape(fields_BFE.shape[0], -1))
         flat_BX = jnp.concatenate(parts, axis=-1)
         *hidden, logits_B1 = self.dnn(flat_BX, key=dnn_key)

@@ -118,13 +118,13 @@ class Spec:
 
     @property
     def fields(self) -> int:
-        """F of `stack_fields`."""
+        """F of `Backbone.stack_fields`."""
         own = len(self.schema.categorical) + len(self.schema.numeric) + len(self.pooled)
         return own + self.extra_fields
 
     @property
     def flat_width(self) -> int:
-        """Width of `stack_fields`, laid flat."""
+        """Width of these fields, laid flat."""
         return self.fields * self.config.tables.width
 
     def event_width(self, pair: Behaviour) -> int:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from loopfm_jax.backbones.config import Spec
-from loopfm_jax.backbones.layers import dense, stack_fields
+from loopfm_jax.backbones.layers import dense
 from loopfm_jax.backbones.output import Backbone, Output, name_taps
 from loopfm_jax.tables import Embedded
 
@@ -38,9 +38,7 @@ class DCNv2(Backbone):
         extra_BKE: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> Output:
-        fields_BFE = stack_fields(
-            embedded, pooled=self.pooled, extra_BKE=extra_BKE, extra_fields=self.extra_fields
-        )
+        fields_BFE = self.stack_fields(embedded, extra_BKE)
         flat_BX = fields_BFE.reshape(fields_BFE.shape[0], -1)
         cross_BX = flat_BX
         for layer in self.cross:

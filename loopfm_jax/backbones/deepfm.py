@@ -8,7 +8,6 @@ from flax import nnx
 
 from loopfm_jax.backbones.config import Spec
 from loopfm_jax.backbones.interactions import FirstOrder, pairwise
-from loopfm_jax.backbones.layers import stack_fields
 from loopfm_jax.backbones.output import Backbone, Output, name_taps
 from loopfm_jax.tables import Embedded
 
@@ -30,9 +29,7 @@ class DeepFM(Backbone):
         extra_BKE: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> Output:
-        fields_BFE = stack_fields(
-            embedded, pooled=self.pooled, extra_BKE=extra_BKE, extra_fields=self.extra_fields
-        )
+        fields_BFE = self.stack_fields(embedded, extra_BKE)
         flat_BX = fields_BFE.reshape(fields_BFE.shape[0], -1)
         *hidden, deep_B1 = self.dnn(flat_BX, key=key)
         shallow_B = self.first_order(embedded) + pairwise(fields_BFE).sum(1)

@@ -16,7 +16,7 @@ from flax import nnx
 
 from loopfm_jax.backbones.config import Spec
 from loopfm_jax.backbones.interactions import FirstOrder
-from loopfm_jax.backbones.layers import stack_fields, wide
+from loopfm_jax.backbones.layers import wide
 from loopfm_jax.backbones.output import Backbone, Output
 from loopfm_jax.tables import Embedded
 
@@ -52,9 +52,7 @@ class FmFM(Backbone):
         extra_BKE: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> Output:
-        fields_BFE = stack_fields(
-            embedded, pooled=self.pooled, extra_BKE=extra_BKE, extra_fields=self.extra_fields
-        )
+        fields_BFE = self.stack_fields(embedded, extra_BKE)
         pairs_BE = self.interaction(fields_BFE)
         logits_B = self.first_order(embedded) + pairs_BE.sum(1)
         flat_BX = fields_BFE.reshape(fields_BFE.shape[0], -1)

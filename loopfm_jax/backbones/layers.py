@@ -14,7 +14,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from loopfm_jax.errors import UserError, check_limits
-from loopfm_jax.tables import Embedded
 
 Activation = Literal["relu", "dice"]
 Norm = Literal["none", "input", "hidden"]
@@ -86,22 +85,6 @@ def hashed(key: jax.Array, count: int) -> jax.Array:
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D) ^ salt
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)
-
-
-def stack_fields(
-    embedded: Embedded, *, pooled: Sequence[str], extra_BKE: jax.Array | None, extra_fields: int
-) -> jax.Array:
-    """All fields, the masked means of the sequences `pooled`, then the extra fields, [B,F,E]."""
-    given = 0 if extra_BKE is None else extra_BKE.shape[1]
-    if given != extra_fields:
-        raise ValueError(
-            f"extra_BKE has {given} fields; the backbone was built for extra_fields={extra_fields}"
-        )
-    means = [embedded.tokens[name].mean(embedded.sequences[name]) for name in pooled]
-    fields_BFE = jnp.stack([*embedded.fields.values(), *means], axis=1)
-    if extra_BKE is None:
-        return fields_BFE
-    return jnp.concatenate([fields_BFE, extra_BKE.astype(fields_BFE.dtype)], axis=1)
 
 
 def batch_norm(width: int, *, rngs: nnx.Rngs) -> nnx.BatchNorm:

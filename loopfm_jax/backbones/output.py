@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx, struct
 
 from loopfm_jax.tables import Embedded, Embedder
@@ -34,12 +35,30 @@ class Backbone(nnx.Module):
     """
 
     embedder: Embedder
+    extra_fields: int
+    """K of `extra_BKE`."""
+    pooled: tuple[str, ...]
+    """Sequences that enter as masked means."""
     trunk_width: int
     """Width of `Output.trunk_BW`."""
 
     def embed(self, batch: Mapping[str, Any]) -> Embedded:
         """batch: of `Embedder`."""
         return self.embedder(batch)
+
+    def stack_fields(self, embedded: Embedded, extra_BKE: jax.Array | None) -> jax.Array:
+        """All fields, the masked means of the pooled sequences, the extra fields, [B,F,E]."""
+        given = 0 if extra_BKE is None else extra_BKE.shape[1]
+        if given != self.extra_fields:
+            raise ValueError(
+                f"extra_BKE has {given} fields; the backbone was built for "
+                f"extra_fields={self.extra_fields}"
+            )
+        means = [embedded.tokens[name].mean(embedded.sequences[name]) for name in self.pooled]
+        fields_BFE = jnp.stack([*embedded.fields.values(), *means], axis=1)
+        if extra_BKE is None:
+            return fields_BFE
+        return jnp.concatenate([fields_BFE, extra_BKE.astype(fields_BFE.dtype)], axis=1)
 
     @abstractmethod
     def __call__(

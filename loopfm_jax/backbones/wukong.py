@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from loopfm_jax.backbones.config import Spec
-from loopfm_jax.backbones.layers import Mlp, dense, stack_fields, wide
+from loopfm_jax.backbones.layers import Mlp, dense, wide
 from loopfm_jax.backbones.output import Backbone, Output, name_taps
 from loopfm_jax.backbones.stack import Stack
 from loopfm_jax.tables import Embedded
@@ -23,13 +23,8 @@ class Layer(nnx.Module):
     """[B,F,E] -> [B,F,E]."""
 
     def __init__(self, spec: Spec, *, rngs: nnx.Rngs):
-        config, dtype, fields, width = (
-            spec.config,
-            spec.dtype,
-            spec.fields,
-            spec.config.tables.width,
-        )
-        made = fields // 2
+        config, fields, dtype = spec.config, spec.fields, spec.dtype
+        made, width = fields // 2, config.tables.width
         start = nnx.initializers.xavier_normal()
         self.project_FK = nnx.Param(start(rngs.params(), (fields, config.rank)))
         self.norm_products = nnx.LayerNorm(fields * config.rank, dtype=dtype, rngs=rngs)
@@ -73,9 +68,7 @@ class Wukong(Backbone):
         extra_BKE: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> Output:
-        fields_BFE = stack_fields(
-            embedded, pooled=self.pooled, extra_BKE=extra_BKE, extra_fields=self.extra_fields
-        )
+        fields_BFE = self.stack_fields(embedded, extra_BKE)
         examples = len(fields_BFE)
         mixed_BX = wide(self.stack(fields_BFE.astype(self.dtype))).reshape(examples, -1)
         *hidden, logits_B1 = self.dnn(mixed_BX, key=key)
