@@ -4,7 +4,8 @@ rows lie.
 Of every row that its examples look up a device asks once, and of its owner alone; a gradient goes
 back the same way. What travels is a few times the looked-up rows and never of a table's size. Sizes
 must be known to the compiler and owners are not asked evenly, so a device sends to each owner its
-share of the lookups, again and again until the longest list is through.
+share of the lookups, again and again until the longest list is through. All that devices have for
+one row arrives in one pass.
 
 n lookups of a device, R rows of a table that it owns, D devices.
 """
@@ -48,15 +49,20 @@ def look_up(rows_VE: jax.Array, ids: list[jax.Array]) -> list[jax.Array]:
     return _forward(rows_VE, ids)[0]
 
 
-def _forward(rows_VE: jax.Array, ids: list[jax.Array]) -> tuple[list[jax.Array], Any]:
+def fetch(rows_VE: jax.Array, ids: list[jax.Array]) -> tuple[list[jax.Array], Wanted]:
+    """As `look_up`, and who was asked for what, for `learn`."""
+
     def ask(rows_RE: jax.Array, ids: list[jax.Array]) -> tuple[list[jax.Array], Wanted]:
         wanted = sort(_own_share(ids), none=len(rows_VE))
         found_nE = _fetch(rows_RE, wanted.ids_n)
         row_nE = found_nE.at[wanted.place_n].get(mode="fill", fill_value=0)
         return _all_shares(row_nE, ids), wanted
 
-    run = _on_every_device(ask, (ROWS, IDS), (IDS, OWN))
-    rows, wanted = run(rows_VE, ids)
+    return _on_every_device(ask, (ROWS, IDS), (IDS, OWN))(rows_VE, ids)
+
+
+def _forward(rows_VE: jax.Array, ids: list[jax.Array]) -> tuple[list[jax.Array], Any]:
+    rows, wanted = fetch(rows_VE, ids)
     return rows, (wanted, rows_VE)
 
 
@@ -65,16 +71,47 @@ def _backward(kept: Any, gradients: list[jax.Array]) -> tuple[jax.Array, None]:
     devices = sharding.devices()
 
     def give(wanted: Wanted, gradients: list[jax.Array]) -> jax.Array:
-        by_lookup_nE = _own_share(gradients, inner=1)
-        by_row_nE = jnp.zeros_like(by_lookup_nE).at[wanted.place_n].add(by_lookup_nE, mode="drop")
-        shard = jnp.zeros((len(rows_VE) // devices, rows_VE.shape[1]), rows_VE.dtype)
-        return _give(shard, wanted.ids_n, by_row_nE)
+        shard_RE = jnp.zeros((len(rows_VE) // devices, rows_VE.shape[1]), rows_VE.dtype)
+
+        def add(row_M: jax.Array, gradient_ME: jax.Array, shard_RE: jax.Array) -> jax.Array:
+            return shard_RE.at[row_M].add(gradient_ME, mode="drop")
+
+        return _sweep(add, wanted, gradients, shard_RE, rows=len(shard_RE))
 
     run = _on_every_device(give, (OWN, IDS), ROWS)
     return run(wanted, gradients), None
 
 
 look_up.defvjp(_forward, _backward)
+
+
+def learn(
+    visit: Callable[..., Any],
+    wanted: Wanted,
+    gradients: list[jax.Array],
+    own: Any,
+    shared: Any,
+) -> Any:
+    """What owners make of the gradients of their rows.
+
+    Args:
+      visit: (row numbers [M] of the owner's shard, gradients [M,E], own, shared) -> own, pass after
+        pass; a number out of bounds is no row, and no row is in two passes.
+      wanted: of `fetch`.
+      gradients: by what `fetch` found.
+      own: a tree of arrays [V,X], split by rows, and of zeros, to which every owner adds.
+      shared: what they all read.
+    """
+    where = jax.tree.map(lambda x: ROWS if x.ndim else PartitionSpec(), own)
+    rows = next(len(x) for x in jax.tree.leaves(own) if x.ndim) // sharding.devices()
+
+    def run(wanted: Wanted, gradients: list[jax.Array], own: Any, shared: Any) -> Any:
+        step = partial(visit, shared=shared)
+        found = _sweep(step, wanted, gradients, own, rows=rows)
+        return jax.tree.map(lambda x: x if x.ndim else jax.lax.psum(x, ALL), found)
+
+    given = OWN, IDS, where, PartitionSpec()
+    return _on_every_device(run, given, where)(wanted, gradients, own, shared)
 
 
 def _on_every_device(f: Callable[..., Any], given: Any, found: Any) -> Callable[..., Any]:
@@ -93,54 +130,72 @@ def sort(ids_n: jax.Array, *, none: int) -> Wanted:
     return Wanted(once_n, jnp.zeros_like(place_n).at[order_n].set(place_n))
 
 
-class _Rounds:
-    """Who is sent what in which round, known before the first."""
+class _Passes:
+    """What is left of every owner's list, of ids that ascend, after some passes. An owner answers
+    all devices up to the same row, the furthest that they all reach."""
 
     def __init__(self, ids_n: jax.Array, rows: int):
         self.devices, self.ids_n, self.rows = sharding.devices(), ids_n, rows
         self.size = -(-len(ids_n) // self.devices)
+        self.first_D1 = rows * jnp.arange(self.devices, dtype=ids_n.dtype)[:, None]
         bounds = rows * jnp.arange(self.devices + 1, dtype=ids_n.dtype)
         stops = jnp.searchsorted(ids_n, bounds).astype(jnp.int32)
         self.start_D, self.stop_D = stops[:-1], stops[1:]
-        longest = jnp.max(self.stop_D - self.start_D)
-        self.count = jax.lax.pmax(-(-longest // self.size), ALL)
 
-    def at(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Places among the ids, n where a list is through, and the owners' row numbers; [D,C]."""
-        place_DC = self.start_D[:, None] + number * self.size + jnp.arange(self.size)[None]
-        open_DC = place_DC < self.stop_D[:, None]
-        place_DC = jnp.where(open_DC, place_DC, len(self.ids_n))
-        first_D1 = self.rows * jnp.arange(self.devices, dtype=self.ids_n.dtype)[:, None]
-        row_DC = self.ids_n.at[place_DC].get(mode="fill", fill_value=0) - first_D1
-        return place_DC, jnp.where(open_DC, row_DC, self.rows)
+    def _rows(self, place_DX: jax.Array) -> jax.Array:
+        """The owners' row numbers at these places; `rows` behind the end of a list."""
+        row_DX = self.ids_n.at[place_DX].get(mode="fill", fill_value=0) - self.first_D1
+        return jnp.where(place_DX < self.stop_D[:, None], row_DX, self.rows)
 
-    def run(self, one: Callable[..., jax.Array], start: jax.Array) -> jax.Array:
-        """`one(places, rows, so far)` for every round."""
-        body = lambda number, so_far: one(*self.at(number), so_far)  # noqa: E731
-        return jax.lax.fori_loop(0, self.count, body, start)
+    def run(self, one: Callable[..., Any], start: Any) -> Any:
+        """`one(places [D,C], n where nothing is sent, rows [D,C], so far)` for every pass."""
+
+        def body(state: tuple[jax.Array, jax.Array, Any]) -> tuple[jax.Array, jax.Array, Any]:
+            at_D, _, so_far = state
+            place_DC = at_D[:, None] + jnp.arange(self.size)[None]
+            row_DC = self._rows(place_DC)
+            next_D1 = jax.lax.pmin(self._rows(at_D[:, None] + self.size), ALL)
+            sent_DC = row_DC < next_D1
+            place_DC = jnp.where(sent_DC, place_DC, len(self.ids_n))
+            so_far = one(place_DC, jnp.where(sent_DC, row_DC, self.rows), so_far)
+            at_D = at_D + sent_DC.sum(1, dtype=jnp.int32)
+            return at_D, self._left(at_D), so_far
+
+        state = self.start_D, self._left(self.start_D), start
+        return jax.lax.while_loop(lambda state: state[1] > 0, body, state)[2]
+
+    def _left(self, at_D: jax.Array) -> jax.Array:
+        """Of the longest list of any device."""
+        return jax.lax.pmax(jnp.max(self.stop_D - at_D), ALL)
 
 
 def _fetch(rows_RE: jax.Array, ids_n: jax.Array) -> jax.Array:
     """The rows of ids that ascend, [n,E]; zeros for what is no row."""
-    rounds = _Rounds(ids_n, len(rows_RE))
 
     def one(place_DC: jax.Array, row_DC: jax.Array, found_nE: jax.Array) -> jax.Array:
         asked_DC = _swap(row_DC)
         answer_DCE = _swap(rows_RE.at[asked_DC].get(mode="fill", fill_value=0))
         return found_nE.at[place_DC].set(answer_DCE, mode="drop")
 
-    return rounds.run(one, jnp.zeros((len(ids_n), rows_RE.shape[1]), rows_RE.dtype))
+    start_nE = jnp.zeros((len(ids_n), rows_RE.shape[1]), rows_RE.dtype)
+    return _Passes(ids_n, len(rows_RE)).run(one, start_nE)
 
 
-def _give(shard_RE: jax.Array, ids_n: jax.Array, gradient_nE: jax.Array) -> jax.Array:
-    """The owners' rows plus what all devices have for them."""
-    rounds = _Rounds(ids_n, len(shard_RE))
+def _sweep(
+    visit: Callable[..., Any], wanted: Wanted, gradients: list[jax.Array], own: Any, *, rows: int
+) -> Any:
+    """`visit` of what all devices have for the owner's rows, pass after pass."""
+    by_lookup_nE = _own_share(gradients, inner=1)
+    by_row_nE = jnp.zeros_like(by_lookup_nE).at[wanted.place_n].add(by_lookup_nE, mode="drop")
 
-    def one(place_DC: jax.Array, row_DC: jax.Array, shard_RE: jax.Array) -> jax.Array:
-        sent_DCE = gradient_nE.at[place_DC].get(mode="fill", fill_value=0)
-        return shard_RE.at[_swap(row_DC)].add(_swap(sent_DCE), mode="drop")
+    def one(place_DC: jax.Array, row_DC: jax.Array, own: Any) -> Any:
+        sent_DCE = by_row_nE.at[place_DC].get(mode="fill", fill_value=0)
+        received_DCE = _swap(sent_DCE)
+        return visit(
+            _swap(row_DC).reshape(-1), received_DCE.reshape(-1, received_DCE.shape[-1]), own
+        )
 
-    return rounds.run(one, shard_RE)
+    return _Passes(wanted.ids_n, rows).run(one, own)
 
 
 _swap = partial(jax.lax.all_to_all, axis_name=ALL, split_axis=0, concat_axis=0)
@@ -148,7 +203,7 @@ _swap = partial(jax.lax.all_to_all, axis_name=ALL, split_axis=0, concat_axis=0)
 
 def _own_share(parts: Sequence[jax.Array], *, inner: int = 0) -> jax.Array:
     """All of a data shard as one column [n, ..], of which every device of `model` takes a part."""
-    column = jnp.concatenate([x.reshape(-1, *x.shape[x.ndim - inner :]) for x in parts])
+    column = in_one(parts, inner=inner)
     model = jax.lax.axis_size("model")
     if model == 1:
         return column
@@ -161,6 +216,16 @@ def _all_shares(row_nE: jax.Array, ids: Sequence[jax.Array]) -> list[jax.Array]:
     """What `_own_share` took apart, as the ids were."""
     if jax.lax.axis_size("model") > 1:
         row_nE = jax.lax.all_gather(row_nE, "model", tiled=True)
+    return apart(row_nE, ids)
+
+
+def in_one(parts: Sequence[jax.Array], *, inner: int = 0) -> jax.Array:
+    """One after the other, [N, ..]; the last `inner` axes stay."""
+    return jnp.concatenate([x.reshape(-1, *x.shape[x.ndim - inner :]) for x in parts])
+
+
+def apart(rows_NE: jax.Array, ids: Sequence[jax.Array]) -> list[jax.Array]:
+    """The rows [..., E] of every array of ids; they stand one after the other."""
     stops = list(accumulate(i.size for i in ids))
-    parts = jnp.split(row_nE[: stops[-1]], stops[:-1])
+    parts = jnp.split(rows_NE[: stops[-1]], stops[:-1])
     return [part.reshape(*i.shape, -1) for part, i in zip(parts, ids, strict=True)]

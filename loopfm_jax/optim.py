@@ -18,8 +18,10 @@ from flax import nnx
 
 from loopfm_jax import rows
 from loopfm_jax.errors import check_limits
+from loopfm_jax.row_rules import RULES, Rule
 
-TableRule = Literal["adam", "rowwise_adagrad", "lazy_adam"]
+TableRule = Literal["adam", "rowwise_adagrad", "rowwise_rms", "lazy_adam"]
+TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class OptimConfig:
     cooldown: float = 0.0
     """Last share of the steps, over which the learning rate falls to 0 in a straight line."""
     tables: TableRule = "adam"
-    """`adam` is exact; `rowwise_adagrad` and `lazy_adam` touch only the rows of the step."""
+    """`adam` is exact; the others touch only the rows of the step (`row_rules`)."""
     table_rate: float = 0.0
     """Learning rate of `rowwise_adagrad`, which wants a larger one than Adam; 0 = 10 times
     `learning_rate`."""
@@ -78,46 +80,51 @@ def _exact(config: OptimConfig, steps: int) -> Optimiser:
 class FastState(NamedTuple):
     """State of what is dense, of the tables, and the columns of `rows.merge`."""
 
+    count: jax.Array
     dense: Any
-    tables: Any
+    tables: dict[str, Any]
     scratch: dict[str, jax.Array]
 
 
 def _fast(config: OptimConfig, steps: int) -> Optimiser:
-    dense_rule = _adam(config, steps)
-    if config.tables == "lazy_adam":
-        table_rule = rows.lazy_adam(_schedule(config.learning_rate, config, steps))
-    else:
-        rate = config.table_rate or 10 * config.learning_rate
-        table_rule = rows.rowwise_adagrad(_schedule(rate, config, steps))
+    dense_rule, table_rule = _adam(config, steps), _table_rule(config, steps)
     decay, clip = _decay(config), _clip(config)  # neither keeps anything from step to step
 
     def init(params: Any) -> FastState:
         dense, tables = rows.split(params)
+        states = {name: table_rule.init(table) for name, table in tables.items()}
         scratch = {name: jnp.zeros((len(t), 1), jnp.int32) for name, t in tables.items()}
-        return FastState(dense_rule.init(dense), table_rule.init(tables), scratch)
+        return FastState(jnp.zeros((), jnp.int32), dense_rule.init(dense), states, scratch)
 
     def learn(loss: Any, graphdef: Any, params: Any, rest: Any, state: FastState) -> Any:
         found = rows.gradient(loss, graphdef, params, rest)
         dense, tables = rows.split(params)
-        ids, by_rows, scratch = {}, {}, {}
-        for name, table in tables.items():
-            ids[name], by_rows[name], scratch[name] = rows.merge(
-                found.ids[name], found.rows[name], state.scratch[name]
-            )
-            once_N1 = (ids[name] < len(table))[:, None]
-            by_rows[name] += config.embedding_l2 * jnp.where(once_N1, found.looked_up[name], 0)
-        before: Any = dense, tables
+        changes = {
+            name: asked.merge(found.rows[name], state.scratch[name], l2=config.embedding_l2)
+            for name, asked in found.asked.items()
+        }
         by_dense, _ = decay.update(found.dense, decay.init(dense), dense)
-        clipped: Any = clip.update((by_dense, by_rows), clip.init(before), before)[0]
-        by_dense, by_rows = clipped
+        norm = jnp.sqrt(TINY + sum(change.square for change in changes.values()))
+        clipped: Any = clip.update((by_dense, norm), clip.init((dense, norm)))[0]
+        by_dense, scale = clipped[0], clipped[1] / norm
         updates, dense_state = dense_rule.update(by_dense, state.dense, dense)
-        row_updates, table_state = table_rule.update(by_rows, state.tables, tables, ids=ids)
         dense = jax.tree.map(jnp.add, dense, updates)
-        params = rows.join(params, dense, rows.add(tables, row_updates, ids))
-        return params, FastState(dense_state, table_state, scratch), found.aux
+        states, scratch = dict(state.tables), dict(state.scratch)
+        for name, change in changes.items():
+            tables[name], states[name], scratch[name] = change.learn(
+                table_rule, states[name], scale, state.count
+            )
+        state = FastState(state.count + 1, dense_state, states, scratch)
+        return rows.join(params, dense, tables), state, found.aux
 
     return Optimiser(init, learn)
+
+
+def _table_rule(config: OptimConfig, steps: int) -> Rule:
+    rate = config.learning_rate
+    if config.tables == "rowwise_adagrad":
+        rate = config.table_rate or 10 * rate
+    return RULES[config.tables](_schedule(rate, config, steps))
 
 
 def _schedule(rate: float, config: OptimConfig, steps: int) -> optax.ScalarOrSchedule:

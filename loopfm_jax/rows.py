@@ -5,19 +5,22 @@ else of that), once with those rows as arguments of the gradient. Rows that were
 once get one gradient, their sum, without sorting: every lookup writes its number into its row's
 place of a scratch column, and the one that is found there stands for all.
 
+Rows that lie split over devices learn where they lie (`exchange`).
+
 N lookups of a step, padding and repetitions included. Tables stand in dicts by the path of their
 parameters.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from loopfm_jax import exchange
+from loopfm_jax.row_rules import Rule
 from loopfm_jax.tables import LOOK_UP, Table
 
 Arrays = dict[str, jax.Array]
@@ -43,26 +46,23 @@ def _name(path: tuple[Any, ...]) -> str:
     return "/".join(map(str, path))
 
 
-class Gradient(NamedTuple):
-    """Of one step."""
+class Found(NamedTuple):
+    """The gradient of one step."""
 
     dense: Any
-    rows: Arrays
-    """[N,E]."""
-    ids: Arrays
-    """[N] int32."""
-    looked_up: Arrays
-    """[N,E], the rows themselves."""
+    rows: dict[str, Any]
+    """By `Asked.given`."""
+    asked: dict[str, "Asked"]
     aux: Any
 
 
 def gradient(
     loss: Callable[[Any], tuple[jax.Array, Any]], graphdef: Any, params: Any, rest: Any
-) -> Gradient:
+) -> Found:
     """The gradient of loss(model) -> (value, aux), with respect to looked-up rows for tables."""
     dense, tables = split(params)
 
-    def run(dense: Any, look_up: Callable[[str, jax.Array], jax.Array]) -> Any:
+    def run(dense: Any, look_up: Callable[[str, Sequence[jax.Array]], list[jax.Array]]) -> Any:
         model = nnx.merge(graphdef, join(params, dense, tables), rest)
         names = {
             id(module): _name((*path, "rows_VE"))
@@ -75,31 +75,170 @@ def gradient(
         finally:
             LOOK_UP.reset(token)
 
-    asked: dict[str, list[jax.Array]] = {name: [jnp.zeros(0, jnp.int32)] for name in tables}
+    wanted: dict[str, list[jax.Array]] = {name: [] for name in tables}
 
-    def record(name: str, ids: jax.Array) -> jax.Array:
-        asked[name].append(ids.reshape(-1))
-        return _rows(tables[name], ids)
+    def record(name: str, ids: Sequence[jax.Array]) -> list[jax.Array]:
+        wanted[name].extend(ids)
+        return [_rows(tables[name], i) for i in ids]
 
     run(dense, record)
-    ids = {name: jnp.concatenate(parts) for name, parts in asked.items()}
-    rows = {name: _rows(table, ids[name]) for name, table in tables.items()}
+    asked = {name: ask(tables[name], ids) for name, ids in wanted.items() if ids}
 
-    def objective(dense: Any, rows: Arrays) -> tuple[jax.Array, Any]:
-        read = dict.fromkeys(tables, 0)
+    def objective(dense: Any, given: dict[str, Any]) -> tuple[jax.Array, Any]:
+        left = {name: iter(one.rows(given[name])) for name, one in asked.items()}
 
-        def replay(name: str, ids: jax.Array) -> jax.Array:
-            start, read[name] = read[name], read[name] + ids.size
-            return rows[name][start : read[name]].reshape(*ids.shape, -1)
+        def replay(name: str, ids: Sequence[jax.Array]) -> list[jax.Array]:
+            return [next(left[name]) for _ in ids]
 
         return run(dense, replay)
 
-    (by_dense, by_rows), aux = jax.grad(objective, argnums=(0, 1), has_aux=True)(dense, rows)
-    return Gradient(by_dense, by_rows, ids, rows, aux)
+    given = {name: one.given for name, one in asked.items()}
+    (by_dense, by_rows), aux = jax.grad(objective, argnums=(0, 1), has_aux=True)(dense, given)
+    return Found(by_dense, by_rows, asked, aux)
 
 
 def _rows(table_VE: jax.Array, ids: jax.Array) -> jax.Array:
     return table_VE.at[ids].get(mode="promise_in_bounds")
+
+
+class Asked(Protocol):
+    """Rows of one table that a step looked up."""
+
+    given: Any
+    """What the loss is differentiated by."""
+
+    def rows(self, given: Any) -> list[jax.Array]:
+        """The rows of every lookup."""
+        ...
+
+    def merge(self, gradient: Any, scratch_V1: jax.Array, *, l2: float) -> "Change":
+        """One gradient per row, the penalty l2/2 |row|^2 included.
+
+        scratch_V1: int32 of any content.
+        """
+        ...
+
+
+class Learned(NamedTuple):
+    """Of a table."""
+
+    table: jax.Array
+    state: Any
+    """Of its rule."""
+    scratch: jax.Array
+
+
+class Change(Protocol):
+    """Merged gradients of a table's rows."""
+
+    square: jax.Array
+    """Their sum of squares."""
+
+    def learn(self, rule: Rule, state: Any, scale: jax.Array, count: jax.Array) -> Learned:
+        """After step `count`, by `scale` times the gradient."""
+        ...
+
+
+def ask(table_VE: jax.Array, ids: Sequence[jax.Array]) -> Asked:
+    """Of the table, wherever its rows lie."""
+    return Spread(table_VE, ids) if exchange.applies(table_VE, ids) else Here(table_VE, ids)
+
+
+class Here:
+    """All rows on every device."""
+
+    def __init__(self, table_VE: jax.Array, ids: Sequence[jax.Array]):
+        self.table_VE, self.ids, self.ids_N = table_VE, ids, exchange.in_one(ids)
+        self.given = _rows(table_VE, self.ids_N)
+
+    def rows(self, given: jax.Array) -> list[jax.Array]:
+        return exchange.apart(given, self.ids)
+
+    def merge(self, gradient: jax.Array, scratch_V1: jax.Array, *, l2: float) -> "MergedHere":
+        ids_N, rows_NE, scratch_V1 = merge(self.ids_N, gradient, scratch_V1)
+        rows_NE += l2 * jnp.where((ids_N < len(self.table_VE))[:, None], self.given, 0)
+        return MergedHere(self.table_VE, ids_N, rows_NE, scratch_V1)
+
+
+class MergedHere(NamedTuple):
+    table_VE: jax.Array
+    ids_N: jax.Array
+    rows_NE: jax.Array
+    scratch_V1: jax.Array
+
+    @property
+    def square(self) -> jax.Array:
+        return jnp.square(self.rows_NE).sum()
+
+    def learn(self, rule: Rule, state: Any, scale: jax.Array, count: jax.Array) -> Learned:
+        rows_NE = scale * self.rows_NE
+        table_VE, state = step(rule, state, self.table_VE, self.ids_N, rows_NE, count)
+        return Learned(table_VE, state, self.scratch_V1)
+
+
+class Spread:
+    """Rows split over the devices: owners learn what all devices have for them."""
+
+    def __init__(self, table_VE: jax.Array, ids: Sequence[jax.Array]):
+        self.table_VE = table_VE
+        self.given, self.wanted = exchange.fetch(table_VE, list(ids))
+
+    def rows(self, given: list[jax.Array]) -> list[jax.Array]:
+        return given
+
+    def merge(self, gradient: Any, scratch_V1: jax.Array, *, l2: float) -> "MergedSpread":
+        return MergedSpread(self.table_VE, self.wanted, gradient, scratch_V1, l2)
+
+
+class MergedSpread(NamedTuple):
+    """Merged when needed, twice: what is kept for all rows of a step has no size that is known."""
+
+    table_VE: jax.Array
+    wanted: exchange.Wanted
+    gradients: list[jax.Array]
+    scratch_V1: jax.Array
+    l2: float
+
+    def _merge(
+        self, row_M: jax.Array, gradient_ME: jax.Array, table_RE: jax.Array, scratch_R1: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        row_M, gradient_ME, scratch_R1 = merge(row_M, gradient_ME, scratch_R1)
+        penalty_ME = self.l2 * table_RE.at[row_M].get(mode="fill", fill_value=0)
+        return row_M, gradient_ME + penalty_ME, scratch_R1
+
+    @property
+    def square(self) -> jax.Array:
+        def visit(row_M: jax.Array, gradient_ME: jax.Array, own: Any, *, shared: Any) -> Any:
+            table_RE, scratch_R1, square = own
+            _, gradient_ME, scratch_R1 = self._merge(row_M, gradient_ME, table_RE, scratch_R1)
+            return table_RE, scratch_R1, square + jnp.square(gradient_ME).sum()
+
+        own = self.table_VE, self.scratch_V1, jnp.zeros((), self.table_VE.dtype)
+        return exchange.learn(visit, self.wanted, self.gradients, own, ())[2]
+
+    def learn(self, rule: Rule, state: Any, scale: jax.Array, count: jax.Array) -> Learned:
+        def visit(row_M: jax.Array, gradient_ME: jax.Array, own: Any, *, shared: Any) -> Any:
+            table_RE, state, scratch_R1 = own
+            scale, count = shared
+            row_M, gradient_ME, scratch_R1 = self._merge(row_M, gradient_ME, table_RE, scratch_R1)
+            table_RE, state = step(rule, state, table_RE, row_M, scale * gradient_ME, count)
+            return table_RE, state, scratch_R1
+
+        own = self.table_VE, state, self.scratch_V1
+        return Learned(*exchange.learn(visit, self.wanted, self.gradients, own, (scale, count)))
+
+
+def step(
+    rule: Rule,
+    state: Any,
+    table_VE: jax.Array,
+    ids_N: jax.Array,
+    rows_NE: jax.Array,
+    count: jax.Array,
+) -> tuple[jax.Array, Any]:
+    """The table and the rule's state after the gradients [N,E] of the rows `ids`."""
+    updates, state = rule.update(rows_NE, state, table_VE, ids=ids_N, count=count)
+    return table_VE.at[ids_N].add(updates, mode="drop"), state
 
 
 def merge(
@@ -108,107 +247,14 @@ def merge(
     """One gradient per row: where another lookup stands for it, zeros and an id out of bounds.
 
     Args:
+      ids_N: row numbers; those out of bounds are no rows.
       scratch_V1: int32 of any content.
 
     Returns:
       ids, rows, and the scratch column as it was left.
     """
-    number_N = jnp.arange(len(ids_N), dtype=jnp.int32)
-    scratch_V1 = scratch_V1.at[ids_N, 0].set(number_N, mode="promise_in_bounds")
-    stands_N = scratch_V1.at[ids_N, 0].get(mode="promise_in_bounds")
-    summed_NE = jnp.zeros_like(rows_NE).at[stands_N].add(rows_NE, mode="promise_in_bounds")
+    number_N, none = jnp.arange(len(ids_N), dtype=jnp.int32), len(ids_N)
+    scratch_V1 = scratch_V1.at[ids_N, 0].set(number_N, mode="drop")
+    stands_N = scratch_V1.at[ids_N, 0].get(mode="fill", fill_value=none)
+    summed_NE = jnp.zeros_like(rows_NE).at[stands_N].add(rows_NE, mode="drop")
     return jnp.where(stands_N == number_N, ids_N, len(scratch_V1)), summed_NE, scratch_V1
-
-
-def add(tables: Mapping[str, jax.Array], updates: Any, ids: Arrays) -> Arrays:
-    """Tables after the updates [N,E] of the rows `ids`; ids out of bounds are dropped."""
-    return {n: table.at[ids[n]].add(updates[n], mode="drop") for n, table in tables.items()}
-
-
-# ------------------------------------------------------------------------------- transformations
-# Of optax's form, with one more argument of `update`: gradients are [N,E] by table, and `ids` says
-# which rows they belong to, each row at most once.
-
-
-class RowwiseState(NamedTuple):
-    """[V,1] per table, and how many steps were made."""
-
-    count: jax.Array
-    squares: Arrays
-
-
-def rowwise_adagrad(
-    learning_rate: optax.ScalarOrSchedule, *, epsilon: float = 1e-8
-) -> optax.GradientTransformationExtraArgs:
-    """Adagrad whose accumulator is one number per row, the mean of its squared gradients."""
-
-    def init(params: Any) -> RowwiseState:
-        squares = jax.tree.map(lambda p: jnp.zeros((len(p), 1), p.dtype), params)
-        return RowwiseState(jnp.zeros((), jnp.int32), squares)
-
-    def update(updates: Any, state: Any, params: Any = None, **more: Any) -> Any:
-        rate = _rate(learning_rate, state.count)
-
-        def change(g_NE: jax.Array, squares_V1: jax.Array, ids_N: jax.Array):
-            square_N1 = jnp.square(g_NE).mean(axis=1, keepdims=True)
-            total_N1 = squares_V1.at[ids_N].get(mode="fill", fill_value=0) + square_N1
-            step_NE = -rate * g_NE / (jnp.sqrt(total_N1) + epsilon)
-            # Set, not added: so it must follow what reads the old ones, and needs no copy.
-            return step_NE, squares_V1.at[ids_N].set(total_N1, mode="drop")
-
-        steps, squares = _each(change, updates, state.squares, more["ids"])
-        return steps, RowwiseState(state.count + 1, squares)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-class LazyAdamState(NamedTuple):
-    """[V,E] per table, and how many steps were made."""
-
-    count: jax.Array
-    mean: Arrays
-    square: Arrays
-
-
-def lazy_adam(
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    epsilon: float = 1e-8,
-) -> optax.GradientTransformationExtraArgs:
-    """Adam whose moments decay only when their row is touched; the same where all rows are."""
-
-    def init(params: Any) -> LazyAdamState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return LazyAdamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros))
-
-    def update(updates: Any, state: Any, params: Any = None, **more: Any) -> Any:
-        count = state.count + 1
-        rate = _rate(learning_rate, state.count)
-
-        def change(g_NE: jax.Array, m_VE: jax.Array, v_VE: jax.Array, ids_N: jax.Array):
-            old_m, old_v = (x.at[ids_N].get(mode="fill", fill_value=0) for x in (m_VE, v_VE))
-            m_NE, v_NE = b1 * old_m + (1 - b1) * g_NE, b2 * old_v + (1 - b2) * jnp.square(g_NE)
-            unbiased_m, unbiased_v = m_NE / (1 - b1**count), v_NE / (1 - b2**count)
-            step_NE = -rate * unbiased_m / (jnp.sqrt(unbiased_v) + epsilon)
-            return (
-                step_NE,
-                m_VE.at[ids_N].set(m_NE, mode="drop"),
-                v_VE.at[ids_N].set(v_NE, mode="drop"),
-            )
-
-        steps, mean, square = _each(change, updates, state.mean, state.square, more["ids"])
-        return steps, LazyAdamState(count, mean, square)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _rate(learning_rate: optax.ScalarOrSchedule, count: jax.Array) -> Any:
-    return learning_rate(count) if callable(learning_rate) else learning_rate
-
-
-def _each(change: Callable[..., Any], *by_table: Arrays) -> list[Arrays]:
-    """`change` of every table: a tuple of dicts from a dict of tuples."""
-    found = {name: change(*(x[name] for x in by_table)) for name in by_table[0]}
-    return [dict(zip(found, column, strict=True)) for column in zip(*found.values(), strict=True)]

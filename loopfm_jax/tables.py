@@ -9,7 +9,6 @@ the public scale (xavier-normal) a few count columns drown the rest of a log of 
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import jax
@@ -22,9 +21,8 @@ from loopfm_jax.data.schema import Field, Schema
 from loopfm_jax.errors import check_limits
 from loopfm_jax.packing import Tokens, lay_out
 
-LOOK_UP: ContextVar[Callable[["Table", jax.Array], jax.Array] | None] = ContextVar(
-    "LOOK_UP", default=None
-)
+Instead = Callable[["Table", Sequence[jax.Array]], Sequence[jax.Array]]
+LOOK_UP: ContextVar[Instead | None] = ContextVar("LOOK_UP", default=None)
 """What looks up in the place of the tables themselves while a step learns by rows (`rows.py`)."""
 
 
@@ -94,21 +92,20 @@ class Table(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Fused ids of any shape -> rows [..., E]; padding gives zeros."""
-        instead = LOOK_UP.get()
-        if instead is not None:
-            rows = instead(self, ids)
-        else:
-            rows = self.rows_VE[...].at[ids].get(mode="promise_in_bounds")
-        return jnp.where(ids[..., None] > 0, rows, 0)
+        return self.gather([ids])[0]
 
     def gather(self, ids: Sequence[jax.Array]) -> list[jax.Array]:
         """As a call of each, in one gather for all."""
-        if LOOK_UP.get() is None and exchange.applies(self.rows_VE[...], ids):
+        find = LOOK_UP.get() or Table.find
+        rows = find(self, ids)
+        return [jnp.where(i[..., None] > 0, r, 0) for i, r in zip(ids, rows, strict=True)]
+
+    def find(self, ids: Sequence[jax.Array]) -> list[jax.Array]:
+        """The rows themselves, differentiable by the table."""
+        if exchange.applies(self.rows_VE[...], ids):
             return exchange.look_up(self.rows_VE[...], list(ids))
-        stops = list(accumulate(i.size for i in ids))
-        flat = self(jnp.concatenate([i.reshape(-1) for i in ids]))
-        rows = jnp.split(flat, stops[:-1])
-        return [r.reshape(*i.shape, -1) for r, i in zip(rows, ids, strict=True)]
+        rows = self.rows_VE[...].at[exchange.in_one(ids)].get(mode="promise_in_bounds")
+        return exchange.apart(rows, ids)
 
 
 def _start(config: TableConfig, shape: tuple[int, int], rngs: nnx.Rngs) -> jax.Array:

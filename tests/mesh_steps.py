@@ -13,7 +13,7 @@ from loopfm_jax import loop
 from loopfm_jax.bench import rows
 from loopfm_jax.bench.model import make_subject
 from loopfm_jax.data.batches import GlobalBatches
-from loopfm_jax.optim import make_optimiser
+from loopfm_jax.optim import TableRule, make_optimiser
 
 MESHES = ((1, 1), (8, 1), (4, 2), (1, 8))
 MANY = replace(
@@ -32,12 +32,20 @@ class Steps(NamedTuple):
 
 
 @cache
-def steps(shape: tuple[int, int], folder: Path, *, fsdp: bool = False, count: int = 20) -> Steps:
+def steps(
+    shape: tuple[int, int],
+    folder: Path,
+    *,
+    fsdp: bool = False,
+    tables: TableRule = "adam",
+    count: int = 20,
+) -> Steps:
     """The first steps of (data, model) devices; `folder` is for their examples."""
     facts = rows.LogSpec(MANY, rows=640)(folder)
     mesh = {"data": shape[0], "model": shape[1]}
     subject = make_subject({**rows.describe(MANY, CONFIG, 64), **facts, "mesh": mesh})
-    optimiser = make_optimiser(subject.config.train.optim, steps=count)
+    optim = replace(subject.config.train.optim, tables=tables)
+    optimiser = make_optimiser(optim, steps=count)
     graphdef, state, shardings = loop.create(subject.build, optimiser, subject.mesh, 0, fsdp=fsdp)
     step = loop.make_step(subject.task, optimiser, graphdef, shardings)
     source = GlobalBatches(subject.rows, subject.examples.batch, config=subject.config.train.order)

@@ -81,6 +81,17 @@ def test_twenty_steps_have_the_losses_of_one_device(shape, folder):
 
 
 @pytest.mark.parametrize("shape", [(8, 1), (4, 2)])
+def test_tables_learned_by_rows_too(shape, folder):
+    """And what is sent is of no table's size either."""
+    rule = "rowwise_adagrad"
+    one, many = (steps(s, folder, tables=rule) for s in (MESHES[0], shape))
+    assert one.losses[0] - min(one.losses) > 1e-3, "something must have been learned"
+    np.testing.assert_allclose(many.losses, one.losses, rtol=1e-5)
+    table = MANY.table_rows * CONFIG.tables.width
+    assert max(collectives(many.hlo)) < table / 2
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (4, 2)])
 def test_kernels_split_over_data_too_give_the_same_losses(shape, folder):
     one, many = steps(MESHES[0], folder), steps(shape, folder, fsdp=True)
     np.testing.assert_allclose(many.losses, one.losses, rtol=1e-5)

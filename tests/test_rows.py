@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 from noise import noisy, parts
 from student_cases import PLAIN, make, make_batch, make_past
 
-from loopfm_jax import rows
+from loopfm_jax import row_rules, rows
 from loopfm_jax.backbones import BackboneConfig, build
 from loopfm_jax.optim import OptimConfig, make_optimiser
+from loopfm_jax.row_rules import RULES
 from loopfm_jax.tables import TableConfig
 from loopfm_jax.vm.student import Student
 
 V, E = 11, 3
-FAST = ("rowwise_adagrad", "lazy_adam")
+FAST = tuple(RULES)
 every_rule = pytest.mark.parametrize("rule", FAST)
 
 
@@ -64,9 +65,10 @@ def test_merged_rows_are_the_dense_gradient(case):
         spread, seen = {}, {}
         for name, table in tables.items():
             scratch = jnp.full((len(table), 1), 7, jnp.int32)
-            ids, by_row, _ = rows.merge(found.ids[name], found.rows[name], scratch)
-            spread |= rows.add({name: jnp.zeros_like(table)}, {name: by_row}, {name: ids})
-            seen[name] = ids
+            merged = found.asked[name].merge(found.rows[name], scratch, l2=0.0)
+            zeros = jnp.zeros_like(table)
+            spread[name] = zeros.at[merged.ids_N].add(merged.rows_NE, mode="drop")
+            seen[name] = merged.ids_N
         return dense, rows.join(params, found.dense, spread), seen
 
     dense, by_rows, seen = both(params)
@@ -110,50 +112,71 @@ def gradients(steps: int = 5) -> list[np.ndarray]:
     return list(np.random.default_rng(0).normal(size=(steps, V, E)).astype(np.float32))
 
 
+def run(rule, ids: list[np.ndarray], grads: list[np.ndarray], start: float = 0.0):
+    """Table and state after a step by each of `grads` [N,E], of the rows `ids`."""
+    table = jnp.full((V, E), start)
+    state = rule.init(table)
+    for n, (i, g) in enumerate(zip(ids, grads, strict=True)):
+        table, state = rows.step(rule, state, table, jnp.asarray(i), jnp.asarray(g), jnp.int32(n))
+    return np.asarray(table), state
+
+
 def test_lazy_adam_is_adam_where_every_row_is_touched():
-    table = {"t": jnp.asarray(gradients()[0])}
     order = np.random.default_rng(1).permutation(V)
-    lazy, adam = rows.lazy_adam(0.1), optax.adam(0.1, eps=1e-8)
-    one, other = table, table
-    lazy_state, adam_state = lazy.init(one), adam.init(other)
+    found, _ = run(row_rules.lazy_adam(0.1), [order] * 5, [g[order] for g in gradients()])
+    adam, other = optax.adam(0.1, eps=1e-8), jnp.zeros((V, E))
+    state = adam.init(other)
     for g in gradients():
-        ids = {"t": jnp.asarray(order)}
-        updates, lazy_state = lazy.update({"t": jnp.asarray(g[order])}, lazy_state, one, ids=ids)
-        one = rows.add(one, updates, ids)
-        updates, adam_state = adam.update({"t": jnp.asarray(g)}, adam_state, other)
+        updates, state = adam.update(jnp.asarray(g), state, other)
         other = optax.apply_updates(other, updates)
-    np.testing.assert_allclose(one["t"], other["t"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found, other, rtol=1e-5, atol=1e-6)
+
+
+def test_rowwise_rms_moves_a_rare_row_as_far_as_adam_does_in_the_end():
+    """Rows of one number, so that a row's mean square is that number's."""
+    dense = [np.zeros((V, 1), np.float32) for _ in range(400)]
+    touched = {0: 3, 60: 5, 130: 3, 250: 5}
+    for n, row in touched.items():
+        dense[n][row] = 1.0 + n / 100
+    adam, want = optax.adam(0.01, eps=1e-8), jnp.zeros((V, 1))
+    state = adam.init(want)
+    for g in dense:
+        updates, state = adam.update(jnp.asarray(g), state, want)
+        want = optax.apply_updates(want, updates)
+    rule, found = row_rules.rowwise_rms(0.01), jnp.zeros((V, 1))
+    own = rule.init(found)
+    for n, row in touched.items():
+        g, ids = jnp.asarray(dense[n][row : row + 1]), jnp.array([row])
+        found, own = rows.step(rule, own, found, ids, g, jnp.int32(n))
+    later = [3, 5]  # Adam's first steps are larger by its bias correction
+    np.testing.assert_allclose(np.asarray(found)[later], np.asarray(want)[later], rtol=0.35)
+    lazy, _ = run(
+        row_rules.lazy_adam(0.01),
+        [np.array([row]) for row in touched.values()],
+        [np.full((1, E), dense[n][row, 0]) for n, row in touched.items()],
+    )
+    assert abs(lazy[5, 0]) < 0.5 * abs(float(want[5, 0])), "what it is there for"
 
 
 @every_rule
 def test_untouched_rows_and_their_state_stand_still(rule):
-    transformation = getattr(rows, rule)(0.1)
-    table = {"t": jnp.ones((V, E))}
-    state = transformation.init(table)
-    ids = {"t": jnp.array([2, V, 5])}  # V: another lookup stands for this one
-    for g in gradients():
-        g = jnp.asarray(g[:3]).at[1].set(0)
-        updates, state = transformation.update({"t": g}, state, table, ids=ids)
-        table = rows.add(table, updates, ids)
-    moved = np.flatnonzero((np.asarray(table["t"]) != 1).any(axis=1))
-    assert moved.tolist() == [2, 5]
+    ids = np.array([2, V, 5])  # V: another lookup stands for this one
+    grads = [g[:3] * np.array([[1], [0], [1]], np.float32) for g in gradients()]
+    table, state = run(RULES[rule](0.1), [ids] * 5, grads, start=1.0)
+    assert np.flatnonzero((table != 1).any(axis=1)).tolist() == [2, 5]
     for leaf in jax.tree.leaves(state):
-        if leaf.ndim:
-            assert np.flatnonzero(np.asarray(leaf).any(axis=1)).tolist() == [2, 5]
+        assert np.flatnonzero(np.asarray(leaf).any(axis=1)).tolist() == [2, 5]
 
 
 def test_rowwise_adagrad_by_hand():
-    transformation = rows.rowwise_adagrad(0.1)
-    table = {"t": jnp.zeros((V, E))}
-    state, want, squares = transformation.init(table), np.zeros((V, E)), np.zeros(V)
-    for step, g in enumerate(gradients()):
-        ids = np.array([step, V - 1])
-        told = {"t": jnp.asarray(ids)}
-        updates, state = transformation.update({"t": jnp.asarray(g[ids])}, state, table, ids=told)
-        table = rows.add(table, updates, told)
-        squares[ids] += np.square(g[ids]).mean(axis=1)
-        want[ids] -= 0.1 * g[ids] / np.sqrt(squares[ids])[:, None]
-    np.testing.assert_allclose(table["t"], want, rtol=1e-4, atol=1e-6)
+    ids = [np.array([step, V - 1]) for step in range(5)]
+    grads = [g[i] for i, g in zip(ids, gradients(), strict=True)]
+    table, _ = run(row_rules.rowwise_adagrad(0.1), ids, grads)
+    want, squares = np.zeros((V, E)), np.zeros(V)
+    for i, g in zip(ids, grads, strict=True):
+        squares[i] += np.square(g).mean(axis=1)
+        want[i] -= 0.1 * g / np.sqrt(squares[i])[:, None]
+    np.testing.assert_allclose(table, want, rtol=1e-4, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------- steps
