@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import os
-import re
 import sys
 import time
 import traceback
@@ -18,6 +17,7 @@ import numpy as np
 import tyro
 
 from loopfm_jax import __version__, report, results, stages
+from loopfm_jax.aot import make as compiling
 from loopfm_jax.auto import resolve
 from loopfm_jax.bench.make import bench
 from loopfm_jax.config import Config, as_json, load
@@ -136,6 +136,13 @@ def scale(flow: Flow) -> dict[str, Any]:
     return scaling.headline(found)
 
 
+def compile(flow: Flow) -> dict[str, Any]:
+    """programs for devices that are not there: --topology v5e:16x16; fits or not, what is sent"""
+    found = compiling.make(flow.config, command=_command())
+    say(f"compile: {(flow.root / 'compile' / 'compile.md').resolve()}")
+    return compiling.headline(found)
+
+
 COMMANDS: dict[str, Callable[[Flow], dict[str, Any]]] = {
     "prepare": prepare,
     "train-fm": train_fm,
@@ -148,6 +155,7 @@ COMMANDS: dict[str, Callable[[Flow], dict[str, Any]]] = {
     "study": study,
     "analyse": analyse,
     "scale": scale,
+    "compile": compile,
 }
 ALONE: dict[str, Callable[[Sequence[str]], dict[str, Any]]] = {"bench": bench}
 """Commands without a configuration: options -> result."""
@@ -197,7 +205,7 @@ def _dispatch(argv: list[str]) -> dict[str, Any]:
 
 def parse(path: Path, options: Sequence[str], *, command: str = "run") -> Config:
     """The configuration of a file with command-line options on top."""
-    options = [re.sub(r"^--tables(?==|$)", "--study.tables", option) for option in options]
+    options = [_long(option) for option in options]
     if "--control" in options:  # bare: all of them
         at = options.index("--control") + 1
         if at == len(options) or options[at].startswith("-"):
@@ -209,6 +217,15 @@ def parse(path: Path, options: Sequence[str], *, command: str = "run") -> Config
         prog=f"loopfm {command} {path}",
         config=(tyro.conf.AvoidSubcommands,),
     )
+
+
+SHORT = {"--tables": "--study.tables", "--topology": "--compile.topology"}
+
+
+def _long(option: str) -> str:
+    """Options that are asked for often have a short name."""
+    name, *value = option.split("=", 1)
+    return "=".join([SHORT.get(name, name), *value])
 
 
 def _load(path: Path) -> Config:

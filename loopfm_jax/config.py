@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from loopfm_jax.aot.config import CompileConfig
 from loopfm_jax.data.bars_sets import AmazonElectronicsX1, KuaiVideoX1, TaobaoAdX1
 from loopfm_jax.data.kuairand import KuaiRandPure
 from loopfm_jax.data.log import LogResidency
@@ -57,6 +58,7 @@ class Config:
     """Judge VMs on this window; `validation` leaves the test window alone (for choices)."""
     study: StudyConfig = field(default_factory=StudyConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     log_residency: LogResidency = "auto"
     """Where the prepared log waits for training and inference: whole in `memory`, or in its

@@ -13,10 +13,23 @@ from loopfm_jax.data.batches import Assemble, GlobalBatches, OrderConfig, iterat
 from loopfm_jax.loop import put
 from loopfm_jax.progress import track
 
+Step = Callable[[Any, dict[str, jax.Array], Any], dict[str, jax.Array]]
+"""(model, batch, constants) -> results by name, each with a row per example."""
+
+
+def make_step(step: Step, graphdef: Any, mesh: Mesh) -> Any:
+    """The jitted (state, batch, constants) -> results."""
+
+    def on_mesh(state: Any, batch: dict[str, jax.Array], constants: Any) -> dict[str, jax.Array]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step(nnx.merge(graphdef, state), batch, constants)
+
+    return jax.jit(on_mesh)
+
 
 def run(
     model: nnx.Module,
-    step: Callable[[Any, dict[str, jax.Array], Any], dict[str, jax.Array]],
+    step: Step,
     rows: np.ndarray,
     assemble: Assemble,
     writers: Mapping[str, np.ndarray],
@@ -32,7 +45,7 @@ def run(
     first batch, which compiles.
     """
     graphdef, state = nnx.split(model)
-    jitted = jax.jit(lambda s, b, c: step(nnx.merge(graphdef, s), b, c))
+    jitted = make_step(step, graphdef, mesh)
     per_device = mesh.shape["data"]
     config = OrderConfig(batch=max(per_device, batch // per_device * per_device))
     source = GlobalBatches(rows, assemble, config=config)

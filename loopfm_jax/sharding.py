@@ -73,6 +73,12 @@ def devices() -> int:
     return math.prod(jax.sharding.get_abstract_mesh().shape.values())
 
 
+def platform() -> str:
+    """Of the devices that the step which is being traced runs on, which need not be here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def split(mesh: Mesh, *axes: str | None) -> NamedSharding:
     """Of an array with these axes, by their names in `AXES`; further axes are whole."""
     return NamedSharding(mesh, PartitionSpec(*(axis and AXES[axis] for axis in axes)))

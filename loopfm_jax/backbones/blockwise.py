@@ -33,7 +33,7 @@ def by_block(f: Callable[..., Any], *, ahead: int = 0) -> Callable[..., Any]:
 
     def run(tokens: Tokens, *per_token: jax.Array, key: Key) -> Any:
         slots, devices = len(tokens.real_T), sharding.devices()
-        whole = jax.default_backend() != "cpu" or slots % BLOCK or slots == BLOCK
+        whole = sharding.platform() != "cpu" or slots % BLOCK or slots == BLOCK
         if whole or slots % devices or block(slots // devices, devices) < ahead:
             return f(tokens, *per_token, key=key)
         given = tokens, *per_token

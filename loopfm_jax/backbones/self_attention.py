@@ -170,7 +170,7 @@ def choose(shape: Shape) -> str:
         if forced not in WAYS:
             raise UserError(f"{CHOICE}={forced}: there are {', '.join(WAYS)}")
         return forced
-    ways = ON.get(jax.default_backend(), ("blocks",))
+    ways = ON.get(sharding.platform(), ("blocks",))
     if len(ways) == 1:
         return ways[0]
     with ThreadPoolExecutor(1) as apart:  # the step that is being traced goes on in this thread

@@ -1,0 +1,139 @@
+"""The whole of `loopfm compile`: every topology, size and program, then files."""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from datetime import date
+from functools import partial
+from typing import Any, Literal
+
+import jax
+from jax.sharding import AxisType
+
+from loopfm_jax.aot import chips, report
+from loopfm_jax.aot.account import account, estimate
+from loopfm_jax.aot.programs import PROGRAMS, Setting, with_dtype
+from loopfm_jax.aot.work import work_of
+from loopfm_jax.bench.child import PACKAGES, versions
+from loopfm_jax.config import Config
+from loopfm_jax.data.log import read_schema
+from loopfm_jax.data.schema import Schema
+from loopfm_jax.errors import UserError
+from loopfm_jax.progress import say
+from loopfm_jax.report import finite
+from loopfm_jax.scale.dial import Size, Turned, measure, turn
+from loopfm_jax.scale.plan import builder, schema_of, short
+from loopfm_jax.sharding import ALL
+
+NO_ROOM = ("RESOURCE_EXHAUSTED", "Ran out of memory")
+
+
+def make(config: Config, *, command: str) -> dict[str, Any]:
+    """Compiles what is asked for, writes `<workdir>/compile/`, returns its JSON.
+
+    Raises:
+      UserError: a topology that is not known, or sizes that its mesh does not divide.
+    """
+    jax.config.update("jax_platforms", "cpu")  # the devices need not be here
+    chips.simulate(config.compile.topology)
+    slices = [chips.find(topology) for topology in config.compile.topology]
+    schema = _schema(config)
+    started = time.monotonic()
+    rows = [
+        _compile(sized, size, schema, devices, name)
+        for name, sized, size in _jobs(config, schema)
+        for devices in slices
+    ]
+    found = finite(
+        {
+            "command": command,
+            "date": date.today().isoformat(),
+            "minutes": (time.monotonic() - started) / 60,
+            "versions": versions((*PACKAGES, "libtpu")),
+            "table_rows": schema.table_rows,
+            "programs": rows,
+        }
+    )
+    report.write(found, config.workdir / "compile")
+    return found
+
+
+def _schema(config: Config) -> Schema:
+    if config.compile.table_rows:
+        return schema_of(config.compile.table_rows)
+    folder = config.workdir / "data"
+    if not (folder / "schema.json").exists():
+        raise UserError(
+            f"compile.table_rows is 0, but {folder} holds no prepared log: run `loopfm prepare` "
+            "first, or give a number of rows"
+        )
+    return read_schema(folder)
+
+
+def _jobs(config: Config, schema: Schema) -> Iterator[tuple[str, Config, Size]]:
+    """Programs, each of a model of some size: the FM's of every size, the VM's as configured."""
+    for name in config.compile.programs:
+        side = "vm" if name == "vm-train" else "fm"
+        count = partial(_count, config, schema, side)
+        if side == "vm" or not config.compile.sizes:
+            yield name, config, count((config.vm if side == "vm" else config.fm).backbone)
+            continue
+        known: dict[float, Turned] = {}
+        for target in sorted(config.compile.sizes):
+            turned = turn(config.fm.backbone, target, count, what=config.scale.widen, known=known)
+            wide = replace(config, fm=replace(config.fm, backbone=turned.backbone))
+            yield name, wide, turned.size
+
+
+def _count(config: Config, schema: Schema, side: Literal["fm", "vm"], backbone: Any) -> Size:
+    return measure(builder(config, side, backbone, schema))
+
+
+def _compile(
+    config: Config, size: Size, schema: Schema, devices: chips.Slice, name: str
+) -> dict[str, Any]:
+    """One program on one slice."""
+    chip, count = devices.chip, len(devices.devices)
+    dtype = config.compile.dtype
+    if dtype == "auto":
+        dtype = "float32" if chip is None else "bfloat16"
+    shape = chips.mesh_sizes(count, config.mesh.model, devices.name)
+    mesh = jax.make_mesh(shape, ALL, axis_types=(AxisType.Auto,) * 2, devices=list(devices.devices))
+    setting = Setting(with_dtype(config, dtype), schema, mesh)
+    row: dict[str, Any] = {
+        "program": name,
+        "topology": devices.name,
+        "devices": count,
+        "mesh": dict(zip(ALL, shape, strict=True)),
+        "dtype": dtype,
+        "dense": size.dense,
+        "tables": size.tables,
+        "hidden": list((config.vm if name == "vm-train" else config.fm).backbone.hidden),
+    }
+    at = f"compile: {name} of {short(size.dense)} on {devices.name}"
+    started = time.monotonic()
+    program = PROGRAMS[name](setting)
+    try:
+        compiled = program.lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        if not any(word in str(error) for word in NO_ROOM):
+            raise
+        say(f"{at}: does not fit ({reason[:160]})")
+        return row | {"examples": program.examples, "fits": False, "reason": reason[:400]}
+    row |= account(program, compiled, devices=count)
+    if chip is not None:
+        flops = work_of(setting, name, program.examples)
+        row |= estimate(row, chip, flops=flops, devices=count)
+    say(f"{at}: {report.summary(row)} ({time.monotonic() - started:.0f} s)")
+    return row
+
+
+def headline(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The last line of stdout."""
+    kept = ("program", "topology", "devices", "dense", "fits", "total_bytes", "collective_bytes")
+    more = ("at_best_s", "at_worst_s")
+    return {
+        "minutes": round(found["minutes"], 1),
+        "programs": [{k: row[k] for k in (*kept, *more) if k in row} for row in found["programs"]],
+    }

@@ -1,0 +1,72 @@
+"""What steps are given, as shapes: batches as the input pipelines make them, stores, states."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from loopfm_jax import sharding
+from loopfm_jax.data.schema import Schema
+from loopfm_jax.history.codes import Codec
+from loopfm_jax.history.reader import Entries, Past
+from loopfm_jax.packing import budget
+from loopfm_jax.tables import blank
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Shapes with where they lie; one sharding, or one for every leaf."""
+    if not isinstance(shardings, jax.sharding.Sharding):
+        return jax.tree.map(_at, tree, shardings)
+    return jax.tree.map(lambda x: _at(x, shardings), tree)
+
+
+def _at(x: Any, where: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=where)
+
+
+def batch(schema: Schema, mesh: Mesh, *, examples: int, fill: float, longest: int = 0) -> Any:
+    """A batch of `fm.train.Lessons`, or of `vm.train.Examples` if histories have a `longest`.
+
+    Args:
+      fill: mean share of a sequence's or history's longest length.
+    """
+    one = blank(schema) | {"label_B": np.zeros(1, np.float32), "weight_B": np.zeros(1, np.float32)}
+    slots = {group: slots_of(examples, schema[group].length, fill) for group in schema.groups}
+    events = {name: _grown(x, examples, slots[name]) for name, x in one.pop("events").items()}
+    found = _grown(one, examples, 0) | {"events": events}
+    if longest:
+        number = np.zeros(1, np.int32)
+        part = {"end_B": number, "length_B": number, "slot_T": np.zeros(1, np.uint8)}
+        part = _grown(part, examples, slots_of(examples, longest, fill))
+        found |= {"slices": {"key": part}, "seconds_B": jax.ShapeDtypeStruct((examples,), "int32")}
+    return place(found, sharding.split(mesh, "examples"))
+
+
+def slots_of(examples: int, longest: int, fill: float) -> int:
+    """The token budget of a batch whose lengths are all alike."""
+    return budget(np.full(examples, round(fill * longest)), longest=longest)
+
+
+def _grown(tree: Mapping[str, Any], examples: int, slots: int) -> dict[str, Any]:
+    """The first axis of every array is what the first letter of its name says: tokens or
+    examples."""
+
+    def grow(path: Any, x: np.ndarray) -> jax.ShapeDtypeStruct:
+        name = str(path[-1].key)
+        first = slots if re.search(r"_T[A-Z]*$", name) else examples
+        return jax.ShapeDtypeStruct((first, *x.shape[1:]), x.dtype)
+
+    return dict(jax.tree.map_with_path(grow, tree))
+
+
+def past(codec: Codec, mesh: Mesh, *, entries: int, longest: int, timed: bool) -> Past:
+    """A store on the devices, read for its codes."""
+    stored = jax.ShapeDtypeStruct((entries, codec.columns), jnp.dtype(codec.dtype))
+    seconds = jax.ShapeDtypeStruct((entries,), jnp.int32) if timed else None
+    read = Entries({"hidden_0": stored}, None, seconds, None, None, longest)  # pyright: ignore
+    found = Past({"key": read}, {"hidden_0": codec})
+    return place(found, sharding.split(mesh, "entries"))
