@@ -62,6 +62,7 @@ CASES = {
     "dmin_full": BackboneConfig(
         "dmin", **SMALL, **DICE, norm="input", heads=2, refiner=True, dropout=0.1
     ),
+    "hstu": BackboneConfig("hstu", **SMALL, layers=2, heads=2, token_width=6),
 }
 ONE_BEHAVIOUR = replace(SCHEMA, behaviours=SCHEMA.behaviours[:1])
 SCHEMAS = {case: ONE_BEHAVIOUR if case == "dmin_full" else SCHEMA for case in CASES}

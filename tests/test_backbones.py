@@ -47,7 +47,7 @@ def test_output_is_finite_and_its_taps_are_named(case):
     wide = shapes.pop("embedding")
     own = {"fm2": {"interaction": (B, E)}, "fmfm": {"interaction": (B, E)}}
     hidden = {"hidden_0": (B, 8), "hidden_1": (B, 6)}
-    more = {"dcnv2": {"cross": wide}, "wukong": {"interaction": wide}}
+    more = {"dcnv2": {"cross": wide}, "wukong": {"interaction": wide}, "hstu": {"summary": (B, 12)}}
     name = CASES[case].name
     assert shapes == own.get(name, hidden | more.get(name, {}))
     assert wide[0] == B and len(wide) == 2
@@ -177,7 +177,9 @@ def test_bfloat16_stays_close(case):
     np.testing.assert_allclose(got, want, atol=0.1 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("case", ["deepfm", "dcnv2", "wukong", "din", "dien", "dmr", "dmin"])
+@pytest.mark.parametrize(
+    "case", ["deepfm", "dcnv2", "wukong", "din", "dien", "dmr", "dmin", "hstu"]
+)
 def test_what_nobody_reads_costs_nothing(case):
     m = model(case)
     embedded = m.embed(make_features())
@@ -231,6 +233,8 @@ def test_limits_of_the_options():
         (dict(mix_hidden=(0,)), r"backbone.mix_hidden\[0\] is 0"),
         (dict(layers=0), "backbone.layers is 0"),
         (dict(rank=0), "backbone.rank is 0"),
+        (dict(window=-1), "backbone.window is -1"),
+        (dict(name="hstu", heads=3), "backbone.token_width is 64; hstu .* a multiple of 3"),
         (dict(name="dmr", u2i=True, position_width=0), "backbone.position_width is 0"),
     ):
         with pytest.raises(UserError, match=message):

@@ -18,6 +18,7 @@ from loopfm_jax.backbones.dmin import DMIN
 from loopfm_jax.backbones.dmr import DMR
 from loopfm_jax.backbones.fm2 import FM2
 from loopfm_jax.backbones.fmfm import FmFM
+from loopfm_jax.backbones.hstu import HSTU
 from loopfm_jax.backbones.output import Backbone
 from loopfm_jax.backbones.wukong import Wukong
 from loopfm_jax.data.schema import Schema
@@ -34,6 +35,7 @@ BACKBONES = {
     "dien": partial(SequenceBackbone, DIEN),
     "dmr": partial(SequenceBackbone, DMR),
     "dmin": partial(SequenceBackbone, DMIN),
+    "hstu": partial(SequenceBackbone, HSTU),
 }
 """`BackboneConfig.name` -> what makes the module of a `Spec`."""
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from loopfm_jax.backbones.config import Spec
-from loopfm_jax.backbones.layers import Mlp, dense, wide
+from loopfm_jax.backbones.layers import Key, Mlp, dense, wide
 from loopfm_jax.backbones.output import Backbone, Output, name_taps
 from loopfm_jax.backbones.stack import Stack
 from loopfm_jax.tables import Embedded
@@ -33,7 +33,7 @@ class Layer(nnx.Module):
         self.keep_FG = nnx.Param(start(rngs.params(), (fields, fields - made)))
         self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_BFE: jax.Array) -> jax.Array:
+    def __call__(self, x_BFE: jax.Array, *, key: Key = None) -> jax.Array:
         project_FK, keep_FG = (p[...].astype(x_BFE.dtype) for p in (self.project_FK, self.keep_FG))
         kept_BGE = jnp.einsum("BFE,FG->BGE", x_BFE, keep_FG)
         new_BFE = jnp.concatenate([self.factorise(x_BFE, project_FK), kept_BGE], axis=1)
