@@ -25,15 +25,17 @@ BackboneName = Literal[
     "dmr",
     "dmin",
     "hstu",
+    "interformer",
+    "kunlun",
 ]
 
-TOKEN_BACKBONES = ("hstu",)
+TOKEN_BACKBONES = ("hstu", "interformer", "kunlun")
 """Backbones whose layers work on tokens of one width."""
 STACKED = ("wukong", *TOKEN_BACKBONES)
 """Backbones of `layers` equal layers."""
 SEQUENCE_BACKBONES = ("din", "dien", "dmr", "dmin", *TOKEN_BACKBONES)
 """Backbones that cannot do without behaviour sequences."""
-TIMED_BACKBONES = ("hstu",)
+TIMED_BACKBONES = ("hstu", "kunlun")
 """Backbones that look at the age of events where it is known."""
 
 
@@ -58,8 +60,8 @@ class BackboneConfig:
     attention_activation: Activation = "relu"
     """din, dien, dmr, dmin: activation of that MLP."""
     attention_dropout: float = 0.2
-    """din, dien, dmr, dmin: dropout rate of that MLP; dmin, hstu, interformer, kunlun: of the weights
-    of self-attention."""
+    """din, dien, dmr, dmin: dropout rate of that MLP; dmin, hstu, interformer, kunlun: of the
+    weights of self-attention."""
     attention_softmax: bool = False
     """din: weights of the events sum to 1; dien, dmr and dmin always have it so."""
     position_width: int = 4

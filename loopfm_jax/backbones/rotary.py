@@ -39,6 +39,13 @@ def rank_angles(tokens: Tokens, *, pairs: int) -> jax.Array:
     return (1.0 + tokens.rank_T)[:, None] * frequency_D[None]
 
 
+def turn(qkv_TX: jax.Array, angle_TD: jax.Array, *, heads: int) -> jax.Array:
+    """Queries, keys and values side by side: the first two turned, head by head."""
+    qkv_THD = qkv_TX.reshape(len(qkv_TX), 3 * heads, -1)
+    qk_THD, v_THD = jnp.split(qkv_THD, [2 * heads], axis=1)
+    return jnp.concatenate([rotate(qk_THD, angle_TD), v_THD], axis=1).reshape(qkv_TX.shape)
+
+
 def rotate(x_THD: jax.Array, angle_TD: jax.Array) -> jax.Array:
     """Turns the pair of numbers i and i + D/2 of every head by angle i."""
     cos, sin = (f(angle_TD).astype(x_THD.dtype)[:, None] for f in (jnp.cos, jnp.sin))

@@ -4,11 +4,10 @@ Kunlun (arXiv 2602.10016, PAPER section 6) has rotary positions on log(1 + dt).
 """
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from loopfm_jax.backbones.layers import dense
-from loopfm_jax.backbones.rotary import rotate, time_angles
+from loopfm_jax.backbones.rotary import time_angles, turn
 from loopfm_jax.backbones.self_attention import self_attend
 from loopfm_jax.packing import Tokens
 
@@ -26,10 +25,8 @@ class Block(nnx.Module):
         self.shrink = dense(2 * width, width, rngs=rngs)
 
     def __call__(self, x_TW: jax.Array, angle_TD: jax.Array, tokens: Tokens) -> jax.Array:
-        qkv_THD = self.attend(self.norm_attend(x_TW)).reshape(len(x_TW), 3 * self.heads, -1)
-        qk_THD, v_THD = jnp.split(qkv_THD, [2 * self.heads], axis=1)
-        qkv_THD = jnp.concatenate([rotate(qk_THD, angle_TD), v_THD], axis=1)
-        seen_THD = self_attend(qkv_THD.reshape(len(x_TW), -1), tokens, heads=self.heads)
+        qkv_TX = turn(self.attend(self.norm_attend(x_TW)), angle_TD, heads=self.heads)
+        seen_THD = self_attend(qkv_TX, tokens, heads=self.heads)
         x_TW = x_TW + self.mix(seen_THD.reshape(x_TW.shape))
         return x_TW + self.shrink(nnx.relu(self.grow(self.norm_grow(x_TW))))
 
