@@ -31,6 +31,8 @@ BackboneName = Literal[
 
 TOKEN_BACKBONES = ("hstu", "interformer", "kunlun")
 """Backbones whose layers work on tokens of one width."""
+MIXING = ("wukong", "interformer", "kunlun")
+"""Backbones with Wukong's layers."""
 STACKED = ("wukong", *TOKEN_BACKBONES)
 """Backbones of `layers` equal layers."""
 SEQUENCE_BACKBONES = ("din", "dien", "dmr", "dmin", *TOKEN_BACKBONES)
