@@ -23,6 +23,9 @@ class Inputs:
 
     log: Log
     splits: dict[str, slice]
+    past_ms: np.ndarray | None = None
+    """When each event of the behaviours that are made from the log was logged; None: nobody looks
+    at it, or there are none."""
 
     @property
     def schema(self) -> Schema:
@@ -33,7 +36,9 @@ class Inputs:
 
     def batch(self, rows: np.ndarray) -> Batch:
         """`ids_BF`, `floats_BN`, `label_B` of the given row numbers, and `events` by group of
-        sequences: `ids_TG`, filled up to a token budget, and `length_B`."""
+        sequences: `ids_TG`, filled up to a token budget, `length_B`, and where the model looks at
+        it and it is known `age_T`, seconds since the event."""
+        asked_ms = self.log["time"][rows]
         log, rows = self.log.near(rows)
         floats = log.columns.get("floats")
         return {
@@ -41,17 +46,22 @@ class Inputs:
             "floats_BN": np.zeros((len(rows), 0), np.float32) if floats is None else floats[rows],
             "label_B": log["label"][rows].astype(np.float32),
             "events": {
-                group: _budgeted(log.events(names, rows), self.schema[group].length)
+                group: self._budgeted(group, log.events(names, rows), asked_ms)
                 for group, names in self.schema.groups.items()
             },
         }
 
-
-def _budgeted(events: Events, longest: int) -> Batch:
-    slots = budget(events.length_B, longest=longest)
-    ids_TG = np.zeros((slots, events.ids_TG.shape[1]), np.int32)
-    ids_TG[: len(events.ids_TG)] = events.ids_TG
-    return {"ids_TG": ids_TG, "length_B": events.length_B}
+    def _budgeted(self, group: str, events: Events, asked_ms: np.ndarray) -> Batch:
+        field = self.schema[group]
+        slots = budget(events.length_B, longest=field.length)
+        ids_TG = np.zeros((slots, events.ids_TG.shape[1]), np.int32)
+        ids_TG[: len(events.ids_TG)] = events.ids_TG
+        found = {"ids_TG": ids_TG, "length_B": events.length_B}
+        if self.past_ms is not None and field.from_log:
+            age_ms = np.repeat(asked_ms, events.length_B) - self.past_ms[events.index_T]
+            found["age_T"] = np.zeros(slots, np.float32)
+            found["age_T"][: len(age_ms)] = age_ms / 1000
+        return found
 
 
 def open_inputs(
@@ -59,6 +69,7 @@ def open_inputs(
     *,
     reader: str,
     behaviours: bool,
+    timed: bool = False,
     residency: LogResidency = "auto",
     order: Order = "time",
 ) -> Inputs:
@@ -68,6 +79,7 @@ def open_inputs(
       directory: a prepared log.
       reader: `fm` or `vm`.
       behaviours: whether the model reads sequences of earlier events.
+      timed: whether it looks at how long ago they were.
       residency: where the log waits.
       order: how its rows will be walked over; a full permutation needs memory.
 
@@ -85,25 +97,28 @@ def open_inputs(
     log, splits = load(directory, residency=residency)
     schema = log.schema if reader == "fm" else log.schema.for_vm()
     log = log.select(schema if behaviours else schema.without_behaviours())
-    return Inputs(_with_past(log), splits)
+    log, past_ms = _with_past(log)
+    return Inputs(log, splits, past_ms if timed else None)
 
 
-def _with_past(log: Log) -> Log:
-    """Adds the behaviours that are made from the log: slices over its positive rows."""
+def _with_past(log: Log) -> tuple[Log, np.ndarray | None]:
+    """Adds the behaviours that are made from the log: slices over its positive rows; and when these
+    were logged, in the order of the slices."""
     made = [f for f in log.schema.sequences if f.from_log]
     if not made:
-        return log
+        return log, None
     positive = np.flatnonzero(log["label"])
+    logged_ms = log["logged_time"][positive]
     past = slices(
         entry_key=log["key"][positive],
-        entry_time=log["logged_time"][positive],
+        entry_time=logged_ms,
         query_key=log["key"],
         query_time=log["time"],
         config=SliceConfig(length=made[0].length, retention_days=365 * 100),
     )
     ids_PG = log.ids_of(positive, [f.shares or f.name for f in made])[past.order]
     offsets = log.schema.offsets
-    return replace(
+    log = replace(
         log,
         columns={
             **log.columns,
@@ -115,3 +130,4 @@ def _with_past(log: Log) -> Log:
             **{f.name: ids_PG[:, i] - np.int32(offsets[f.name]) for i, f in enumerate(made)},
         },
     )
+    return log, logged_ms[past.order]

@@ -194,7 +194,8 @@ class Embedder(nnx.Module):
 
     def __call__(self, batch: Mapping[str, Any]) -> Embedded:
         """batch: `ids_BF`, `floats_BN`, and by group of sequences (`Schema.groups`) `events`:
-        `ids_TG` int32, newest first, and `length_B`, how many of the slots are whose."""
+        `ids_TG` int32, newest first, `length_B`, how many of the slots are whose, and where it is
+        known `age_T`, seconds since the event."""
         schema = self.schema
         ids = {f.name: batch["ids_BF"][:, i] for i, f in enumerate(schema.categorical)}
         tokens = {}
@@ -205,7 +206,8 @@ class Embedder(nnx.Module):
             )
             for i, name in enumerate(names):
                 ids[name] = found["ids_TG"][:, i]
-                tokens[name] = replace(slots, real_T=slots.real_T & (ids[name] > 0))
+                real_T = slots.real_T & (ids[name] > 0)
+                tokens[name] = replace(slots, real_T=real_T, age_T=found.get("age_T"))
         frozen = [f for f in schema.fields if f.frozen_width]
         embedded = {f.name: self._frozen(f, ids[f.name]) for f in frozen}
         embedded |= self._trained(ids)

@@ -42,6 +42,7 @@ LENGTHS["visuals"] = LENGTHS["items"]
 
 SMALL: dict[str, Any] = dict(hidden=(8, 6), attention_hidden=(6, 5), tables=TABLE)
 DICE: dict[str, Any] = dict(activation="dice", attention_activation="dice")
+ARMS: dict[str, Any] = dict(heads=2, token_width=8, rank=3, mix_hidden=(7,))
 CASES = {
     "fm2": BackboneConfig("fm2", **SMALL),
     "fmfm": BackboneConfig("fmfm", **SMALL),
@@ -62,6 +63,9 @@ CASES = {
     "dmin_full": BackboneConfig(
         "dmin", **SMALL, **DICE, norm="input", heads=2, refiner=True, dropout=0.1
     ),
+    "hstu": BackboneConfig("hstu", **SMALL, layers=2, heads=2, token_width=6),
+    "interformer": BackboneConfig("interformer", **SMALL, **ARMS, layers=2),
+    "kunlun": BackboneConfig("kunlun", **SMALL, **ARMS, layers=2, window=2, remat=True),
 }
 ONE_BEHAVIOUR = replace(SCHEMA, behaviours=SCHEMA.behaviours[:1])
 SCHEMAS = {case: ONE_BEHAVIOUR if case == "dmin_full" else SCHEMA for case in CASES}

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from loopfm_jax.backbones.rotary import FASTEST, SLOWEST
 from loopfm_jax.history.encoders import EncoderConfig
-from loopfm_jax.history.transformer import FASTEST, SLOWEST
 
 W = 8
 CONFIG = EncoderConfig(width=W, heads=2, score_hidden=(7, 5))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tyro
 from backbone_cases import (
+    ARMS,
     CASES,
     LENGTHS,
     SCHEMA,
@@ -47,7 +48,10 @@ def test_output_is_finite_and_its_taps_are_named(case):
     wide = shapes.pop("embedding")
     own = {"fm2": {"interaction": (B, E)}, "fmfm": {"interaction": (B, E)}}
     hidden = {"hidden_0": (B, 8), "hidden_1": (B, 6)}
-    more = {"dcnv2": {"cross": wide}, "wukong": {"interaction": wide}}
+    fields = wide[1] // E * ARMS["token_width"]
+    arms = {"interaction": (B, fields), "summary": (B, 2 * 8 * ARMS["token_width"])}
+    more = {"dcnv2": {"cross": wide}, "wukong": {"interaction": wide}, "hstu": {"summary": (B, 12)}}
+    more |= {"interformer": arms, "kunlun": arms}
     name = CASES[case].name
     assert shapes == own.get(name, hidden | more.get(name, {}))
     assert wide[0] == B and len(wide) == 2
@@ -177,7 +181,10 @@ def test_bfloat16_stays_close(case):
     np.testing.assert_allclose(got, want, atol=0.1 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("case", ["deepfm", "dcnv2", "wukong", "din", "dien", "dmr", "dmin"])
+DEEP = [name for name in BACKBONES if name not in ("fm2", "fmfm")]
+
+
+@pytest.mark.parametrize("case", DEEP)
 def test_what_nobody_reads_costs_nothing(case):
     m = model(case)
     embedded = m.embed(make_features())
@@ -231,6 +238,8 @@ def test_limits_of_the_options():
         (dict(mix_hidden=(0,)), r"backbone.mix_hidden\[0\] is 0"),
         (dict(layers=0), "backbone.layers is 0"),
         (dict(rank=0), "backbone.rank is 0"),
+        (dict(window=-1), "backbone.window is -1"),
+        (dict(name="hstu", heads=3), "backbone.token_width is 64; hstu .* a multiple of 3"),
         (dict(name="dmr", u2i=True, position_width=0), "backbone.position_width is 0"),
     ):
         with pytest.raises(UserError, match=message):

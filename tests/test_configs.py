@@ -40,10 +40,13 @@ def test_help_is_complete(path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_the_teacher_takes_a_step(path: Path, prepared: Path) -> None:
     config: Config = load(path)
-    inputs = open_inputs(prepared, reader="fm", behaviours=config.fm.backbone.reads_behaviours)
+    backbone = config.fm.backbone
+    inputs = open_inputs(
+        prepared, reader="fm", behaviours=backbone.reads_behaviours, timed=backbone.reads_times
+    )
     rows = inputs.rows("fm")[:8]
     batch = inputs.batch(rows) | {"weight_B": inputs.log["label"][rows].astype("float32") * 0 + 1}
-    backbone = replace(config.fm.backbone, tables=replace(config.fm.backbone.tables, width=8))
+    backbone = replace(backbone, tables=replace(backbone.tables, width=8))
     small = replace(config.fm, backbone=backbone)
 
     @jax.jit

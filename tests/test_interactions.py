@@ -17,7 +17,8 @@ from backbone_cases import (
     model,
 )
 from flax import nnx
-from noise import noisy
+from noise import named, noisy
+from token_oracles import below, wukong_layer
 
 from loopfm_jax.backbones.interactions import FirstOrder, pairwise
 
@@ -88,33 +89,15 @@ def test_cross_layers_and_the_trunk_that_the_logit_reads():
     np.testing.assert_allclose(got.logits_B, want_B1[:, 0], rtol=1e-3, atol=1e-3)
 
 
-def layer_norm(x: np.ndarray, norm) -> np.ndarray:
-    centred = x - x.mean(-1, keepdims=True)
-    scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
-    return scaled * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
-
-
-def linear(x: np.ndarray, layer) -> np.ndarray:
-    return x @ np.asarray(layer.kernel[...]) + np.asarray(layer.bias[...])
-
-
 @pytest.mark.parametrize("case", ["wukong", "wukong_remat"])
 def test_wukong_multiplies_all_pairs_of_fields_in_every_layer(case):
     m, config = model(case), CASES[case]
     got = m.infer(m.embed(make_features()), m.extra_BKE)
     x_BFE = np.asarray(got.taps["embedding"], np.float64).reshape(B, -1, E)
-    fields = x_BFE.shape[1]
-    graphdef, stacked = nnx.split(m.merged().stack.layers)
+    p, nothing_GE = named(m.merged()), np.zeros((0, E))
     for i in range(config.layers):
-        layer = nnx.merge(graphdef, jax.tree.map(lambda x, i=i: x[i], stacked))
-        pairs_BFF = x_BFE @ x_BFE.transpose(0, 2, 1)
-        product_BX = (pairs_BFF @ np.asarray(layer.project_FK[...])).reshape(B, -1)
-        hidden_BX = layer_norm(product_BX, layer.norm_products)
-        hidden_BX = np.maximum(linear(hidden_BX, layer.mix.layers[0]), 0)
-        made_BGE = linear(hidden_BX, layer.make).reshape(B, fields // 2, E)
-        kept_BGE = np.einsum("BFE,FG->BGE", x_BFE, np.asarray(layer.keep_FG[...]))
-        new_BFE = np.concatenate([made_BGE, kept_BGE], axis=1) + x_BFE
-        x_BFE = layer_norm(new_BFE, layer.norm)
+        layer = below(p, "stack/layers", i)
+        x_BFE = np.stack([wukong_layer(layer, x_FE, nothing_GE) for x_FE in x_BFE])
     np.testing.assert_allclose(got.taps["interaction"], x_BFE.reshape(B, -1), rtol=1e-3, atol=1e-3)
 
 

@@ -86,6 +86,18 @@ def check_behaviours(world: World, _) -> None:
             assert row.tolist() == [0] * (len(row) - len(liked)) + own[liked].tolist()
 
 
+def check_ages(world: World, _) -> None:
+    """Every event that is seen brings its own age, and no other's."""
+    read = inputs.open_inputs(world.flow.data, reader="vm", behaviours=True, timed=True)
+    rows = np.arange(len(world.log))
+    (events,) = (e for e in read.batch(rows)["events"].values() if "age_T" in e)
+    logged, time = world.log["logged_time"], world.log["time"]
+    liked = world.liked(world.log["label"])
+    want = [(time[i] - logged[j]) / 1000 for i in rows for j in reversed(liked[i])]
+    np.testing.assert_allclose(events["age_T"][: len(want)], want, rtol=1e-6)
+    assert min(want) > 0 and not events["age_T"][len(want) :].any()
+
+
 def check_swapped(world: World, _) -> None:
     """By gradient: swapped histories are as long as before, and all of other keys."""
     examples = world.examples(swap=True)
@@ -94,7 +106,7 @@ def check_swapped(world: World, _) -> None:
     np.testing.assert_array_equal(sees.sum(axis=1), [len(s) for s in world.may_see()])
 
 
-CHECKS = (check_histories, check_labels, check_behaviours, check_swapped)
+CHECKS = (check_histories, check_labels, check_behaviours, check_ages, check_swapped)
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -142,7 +154,7 @@ RANK = "end_B[example_T] - 1 - rank_T"
 PACK = (reader, "pack")
 SLICES_OF_STORE, SLICES_OF_INPUTS = (store, "slices"), (inputs, "slices")
 STRUCTURE, JOIN, READ = (flow, "structure"), (train, "Join"), (inputs, "open_inputs")
-by_history, by_label, by_behaviour, by_swap = CHECKS
+by_history, by_label, by_behaviour, by_age, by_swap = CHECKS
 
 
 def unsorted(column: str) -> str:
@@ -237,6 +249,8 @@ MUTANTS = {
         READ,
     ),
     "behaviours unsorted": (by_behaviour, inputs, "made])[past.order]", "made])", READ),
+    "ages unsorted": (by_age, inputs, "logged_ms[past.order]", "logged_ms", READ),
+    "ages of others": (by_age, inputs, "np.repeat(asked_ms", "np.repeat(asked_ms[::-1]", READ),
     "behaviours with ties": (
         by_behaviour,
         slices,

@@ -13,6 +13,7 @@ from flax import nnx
 
 from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.bench.data import write_log
+from loopfm_jax.bench.flops import COUNTED
 from loopfm_jax.bench.protocol import peak_rss_bytes
 from loopfm_jax.config import Config
 from loopfm_jax.data.batches import OrderConfig
@@ -51,7 +52,9 @@ def config(name: str = "deepfm", **scale) -> Config:
 # --------------------------------------------------------------------------------- the dial
 
 
-@pytest.mark.parametrize("name", ["deepfm", "dcnv2", "wukong", "din", "dmin"])
+@pytest.mark.parametrize(
+    "name", ["deepfm", "dcnv2", "wukong", "din", "dmin", "hstu", "interformer", "kunlun"]
+)
 def test_every_size_is_hit_and_counted_exactly(name):
     sizes = (3e5, 1e7, 1e9)
     points = plan(config(name, sizes=sizes, sweeps=("fm", "vm")), dtype="float32")

@@ -23,7 +23,7 @@ from loopfm_jax.packing import lay_out
 
 L, H, D, T = 5, 2, 8, 16
 LENGTH = np.array([3, 5, 0, 1, 4], np.int32)
-SHAPE = Shape(T, 3 * H * D, H, len(LENGTH), L, "float32")
+SHAPE = Shape(T, 3 * H * D, H, len(LENGTH), L, L, "float32")
 ON_CPU = {
     "cudnn": partial(padded, kernel="xla"),  # the same layout and mask
     "pallas": partial(windowed, interpret=True),
@@ -38,24 +38,43 @@ def no_choice_is_left(monkeypatch):
     choose.cache_clear()
 
 
-def learn(way):
+def learn(way, **how):
     tokens = lay_out(jnp.asarray(LENGTH), slots=T, longest=L)
     rng = np.random.default_rng(0)
     qkv_TX, weight_THD = rng.normal(size=(T, 3 * H * D)), rng.normal(size=(T, H, D))
 
     def loss(qkv_TX):
-        seen_THD = jnp.where(tokens.real_T[:, None, None], way(tokens, qkv_TX, heads=H), 0)
+        seen_THD = jnp.where(tokens.real_T[:, None, None], way(tokens, qkv_TX, heads=H, **how), 0)
         return (seen_THD * weight_THD).sum(), seen_THD
 
     return jax.grad(loss, has_aux=True)(jnp.asarray(qkv_TX, jnp.float32))
 
 
+@pytest.mark.parametrize("window", [0, 2])
 @pytest.mark.parametrize("way", ON_CPU)
-def test_kernels_are_the_same_function(way):
+def test_kernels_are_the_same_function(way, window):
     """Values and gradients of the call that the kernel gets, run by what a CPU has for it."""
-    for found, want in zip(learn(ON_CPU[way]), learn(in_blocks), strict=True):
-        np.testing.assert_allclose(found, want, atol=2e-6)
-        assert np.abs(want).max() > 0.1
+    found, want = (learn(f, window=window) for f in (ON_CPU[way], in_blocks))
+    for one, other in zip(found, want, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6)
+        assert np.abs(other).max() > 0.1
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 9])
+def test_a_window_is_the_nearest_entries(window):
+    """Each entry by hand: itself and the `window - 1` older ones that stand next to it."""
+    tokens = lay_out(jnp.asarray(LENGTH), slots=T, longest=L)
+    qkv_TX = np.random.default_rng(1).normal(size=(T, 3 * H * D)).astype(np.float32)
+    found = self_attend(jnp.asarray(qkv_TX), tokens, heads=H, window=window)
+    q, k, v = np.split(qkv_TX.reshape(T, 3 * H, D), 3, axis=1)
+    start = 0
+    for length in LENGTH:
+        for i in range(start, start + length):
+            seen = slice(i, min(i + window, start + length))
+            weight_SH = np.exp((k[seen] * q[i]).sum(-1) / np.sqrt(D))
+            want_HD = (weight_SH[..., None] * v[seen]).sum(0) / weight_SH.sum(0)[:, None]
+            np.testing.assert_allclose(found[i], want_HD, rtol=1e-4, atol=1e-5)
+        start += length
 
 
 def test_the_faster_one_is_taken_and_measured_once_per_shape(monkeypatch, capsys):

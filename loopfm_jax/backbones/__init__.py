@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from loopfm_jax.backbones.arms import ArmsBackbone
 from loopfm_jax.backbones.behaviours import SequenceBackbone
 from loopfm_jax.backbones.config import BackboneConfig, Spec
 from loopfm_jax.backbones.dcnv2 import DCNv2
@@ -18,6 +19,9 @@ from loopfm_jax.backbones.dmin import DMIN
 from loopfm_jax.backbones.dmr import DMR
 from loopfm_jax.backbones.fm2 import FM2
 from loopfm_jax.backbones.fmfm import FmFM
+from loopfm_jax.backbones.hstu import HSTU
+from loopfm_jax.backbones.interformer import InterFormer
+from loopfm_jax.backbones.kunlun import KUNLUN
 from loopfm_jax.backbones.output import Backbone
 from loopfm_jax.backbones.wukong import Wukong
 from loopfm_jax.data.schema import Schema
@@ -34,6 +38,9 @@ BACKBONES = {
     "dien": partial(SequenceBackbone, DIEN),
     "dmr": partial(SequenceBackbone, DMR),
     "dmin": partial(SequenceBackbone, DMIN),
+    "hstu": partial(SequenceBackbone, HSTU),
+    "interformer": partial(ArmsBackbone, (InterFormer,)),
+    "kunlun": partial(ArmsBackbone, KUNLUN),
 }
 """`BackboneConfig.name` -> what makes the module of a `Spec`."""
 

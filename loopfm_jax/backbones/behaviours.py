@@ -1,4 +1,4 @@
-"""Sequence backbones: what DIN, DIEN, DMR and DMIN share.
+"""Sequence backbones: what DIN, DIEN, DMR, DMIN and HSTU share.
 
 They differ in how one behaviour, a sequence of earlier events and the candidate's fields that it
 answers to, becomes a vector: an `Interest`. The vectors of all behaviours and every other field
@@ -57,17 +57,23 @@ class Interest(nnx.Module):
 
     width: int
     """X, numbers in the vector."""
+    tap: str = ""
+    """Under which name the vectors of all behaviours can be tapped; none: they cannot."""
 
     @abstractmethod
     def __init__(self, spec: Spec, pair: Behaviour, *, rngs: nnx.Rngs): ...
 
     @abstractmethod
-    def weigh(self, seen: Seen, *, key: Key) -> Weighed:
-        """What the candidate attends to; key: randomness of dropout, None means inference."""
+    def __call__(self, seen: Seen, *, key: Key) -> jax.Array:
+        """The vector, [B,X]; key: randomness of dropout, None means inference."""
+
+
+class Weighing(Interest):
+    """An interest that sums what it weighs; abstract."""
 
     @abstractmethod
-    def __call__(self, seen: Seen, *, key: Key) -> jax.Array:
-        """The vector, [B,X]."""
+    def weigh(self, seen: Seen, *, key: Key) -> Weighed:
+        """What the candidate attends to."""
 
 
 def check(spec: Spec) -> None:
@@ -104,6 +110,7 @@ class SequenceBackbone(Backbone):
         self.extra_fields, self.pooled = spec.extra_fields, spec.pooled
         self.behaviours = spec.schema.behaviours
         self.embedder = spec.embedder(rngs)
+        self.tap = kind.tap
         self.interests = nnx.List(kind(spec, pair, rngs=rngs) for pair in self.behaviours)
         width = sum(interest.width for interest in self.interests)
         self.dnn = spec.dnn(width + spec.flat_width, rngs)
@@ -122,7 +129,8 @@ class SequenceBackbone(Backbone):
             for pair, interest, k in zip(self.behaviours, self.interests, keys, strict=True)
         ]
         fields_BFE = self.stack_fields(embedded, extra_BKE)
+        own = {self.tap: jnp.concatenate(parts, axis=-1)} if self.tap else {}
         parts.append(fields_BFE.reshape(fields_BFE.shape[0], -1))
         flat_BX = jnp.concatenate(parts, axis=-1)
         *hidden, logits_B1 = self.dnn(flat_BX, key=dnn_key)
-        return Output(logits_B1[:, 0], name_taps(flat_BX, hidden), hidden[-1])
+        return Output(logits_B1[:, 0], name_taps(flat_BX, hidden) | own, hidden[-1])

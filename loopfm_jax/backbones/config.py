@@ -11,13 +11,34 @@ from jax.typing import DTypeLike
 
 from loopfm_jax.backbones.layers import Activation, Mlp, Norm, check_dnn
 from loopfm_jax.data.schema import Behaviour, Schema
-from loopfm_jax.errors import check_limits
+from loopfm_jax.errors import UserError, check_limits
 from loopfm_jax.tables import Embedder, TableConfig
 
-BackboneName = Literal["fm2", "fmfm", "deepfm", "dcnv2", "wukong", "din", "dien", "dmr", "dmin"]
+BackboneName = Literal[
+    "fm2",
+    "fmfm",
+    "deepfm",
+    "dcnv2",
+    "wukong",
+    "din",
+    "dien",
+    "dmr",
+    "dmin",
+    "hstu",
+    "interformer",
+    "kunlun",
+]
 
-SEQUENCE_BACKBONES = ("din", "dien", "dmr", "dmin")
+TOKEN_BACKBONES = ("hstu", "interformer", "kunlun")
+"""Backbones whose layers work on tokens of one width."""
+MIXING = ("wukong", "interformer", "kunlun")
+"""Backbones with Wukong's layers."""
+STACKED = ("wukong", *TOKEN_BACKBONES)
+"""Backbones of `layers` equal layers."""
+SEQUENCE_BACKBONES = ("din", "dien", "dmr", "dmin", *TOKEN_BACKBONES)
 """Backbones that cannot do without behaviour sequences."""
+TIMED_BACKBONES = ("hstu", "kunlun")
+"""Backbones that look at the age of events where it is known."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +62,8 @@ class BackboneConfig:
     attention_activation: Activation = "relu"
     """din, dien, dmr, dmin: activation of that MLP."""
     attention_dropout: float = 0.2
-    """din, dien, dmr, dmin: dropout rate of that MLP; dmin: of self-attention weights as well."""
+    """din, dien, dmr, dmin: dropout rate of that MLP; dmin, hstu, interformer, kunlun: of the
+    weights of self-attention."""
     attention_softmax: bool = False
     """din: weights of the events sum to 1; dien, dmr and dmin always have it so."""
     position_width: int = 4
@@ -49,7 +71,7 @@ class BackboneConfig:
     u2i: bool = False
     """dmr: the match of user and candidate is an input of the DNN."""
     heads: int = 1
-    """dmin: H, interests per behaviour."""
+    """H: dmin: interests per behaviour; hstu, interformer, kunlun: heads of every attention."""
     refiner: bool = False
     """dmin: whether a self-attention block refines the behaviour sequence first."""
     pair: Literal["vector", "matrix"] = "vector"
@@ -57,13 +79,19 @@ class BackboneConfig:
     cross_layers: int = 4
     """dcnv2: number of cross layers."""
     layers: int = 3
-    """wukong: interaction layers, one after the other."""
+    """wukong, hstu, interformer: layers, one after the other; kunlun: pairs of layers."""
     rank: int = 16
-    """wukong: K, columns to which the products of all pairs of fields are projected."""
+    """wukong, interformer, kunlun: K, columns to which the products of all pairs of fields are
+    projected; interformer, kunlun: also how many tokens tell the events of the fields."""
     mix_hidden: tuple[int, ...] = (256,)
-    """wukong: widths of the MLP behind them, in every layer."""
+    """wukong, interformer, kunlun: widths of the MLP behind those products, in every layer."""
+    token_width: int = 64
+    """hstu, interformer, kunlun: D, width of fields and events between the layers."""
+    window: int = 32
+    """kunlun: how many events one sees, itself and the next older ones; 0: all."""
     remat: bool = False
-    """wukong: activations inside a layer are computed again for the gradient, not kept."""
+    """wukong, hstu, interformer, kunlun: activations inside a layer are computed again for the
+    gradient, not kept."""
     tables: TableConfig = field(default_factory=TableConfig)
     behaviours: bool = False
     """Read behaviour sequences, as pooled fields, in a backbone that could do without them."""
@@ -81,9 +109,26 @@ class BackboneConfig:
             "cross_layers": self.cross_layers,
             "layers": self.layers,
             "rank": self.rank,
+            "token_width": self.token_width,
         }
         check_limits("backbone", counts, low=1)
         check_limits("backbone", {"position_width": self.position_width}, low=int(self.u2i))
+        check_limits("backbone", {"window": self.window}, low=0)
+        if self.name in TOKEN_BACKBONES and self.token_width % self.token_unit:
+            raise UserError(
+                f"backbone.token_width is {self.token_width}; {self.name} with "
+                f"backbone.heads = {self.heads} needs a multiple of {self.token_unit}"
+            )
+
+    @property
+    def token_unit(self) -> int:
+        """What divides `token_width`: heads, and rotary positions turn pairs of their numbers."""
+        return self.heads if self.name == "hstu" else 2 * self.heads
+
+    @property
+    def reads_times(self) -> bool:
+        """Whether the model looks at how long ago events were."""
+        return self.name in TIMED_BACKBONES
 
     @property
     def reads_behaviours(self) -> bool:
@@ -130,6 +175,10 @@ class Spec:
     def event_width(self, pair: Behaviour) -> int:
         """M, width of an event of that behaviour."""
         return self.config.tables.width * len(pair.target)
+
+    def timed(self, pair: Behaviour) -> bool:
+        """Whether the times of that behaviour's events are known: those of the log's own rows."""
+        return all(self.schema[name].from_log for name in pair.history)
 
     def length(self, pair: Behaviour) -> int:
         """L, longest history of that behaviour."""

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from loopfm_jax.backbones.attention import Scores, candidate
-from loopfm_jax.backbones.behaviours import Interest, Seen, Weighed
+from loopfm_jax.backbones.behaviours import Seen, Weighed, Weighing
 from loopfm_jax.backbones.config import Spec
 from loopfm_jax.backbones.layers import Key, dense, weights, wide
 from loopfm_jax.data.schema import Behaviour
@@ -63,7 +63,7 @@ class Gru(nnx.Module):
         return tokens.unpad(jnp.moveaxis(states_LBM, 0, 1)), last_BM
 
 
-class DIEN(Interest):
+class DIEN(Weighing):
     """The last state of the interest that evolves towards the candidate, [B,M]."""
 
     def __init__(self, spec: Spec, pair: Behaviour, *, rngs: nnx.Rngs):

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from loopfm_jax.backbones.attention import Scores, candidate, pool
-from loopfm_jax.backbones.behaviours import Interest, Seen, Weighed
+from loopfm_jax.backbones.behaviours import Seen, Weighed, Weighing
 from loopfm_jax.backbones.config import Spec
 from loopfm_jax.backbones.layers import Key
 from loopfm_jax.data.schema import Behaviour
 
 
-class DIN(Interest):
+class DIN(Weighing):
     """The weighted sum of the events, [B,M]."""
 
     def __init__(self, spec: Spec, pair: Behaviour, *, rngs: nnx.Rngs):

@@ -18,7 +18,7 @@ from jax.tree_util import Partial
 from jax.typing import DTypeLike
 
 from loopfm_jax.backbones.attention import Query, Scores, pool
-from loopfm_jax.backbones.behaviours import Interest, Seen, Weighed
+from loopfm_jax.backbones.behaviours import Seen, Weighed, Weighing
 from loopfm_jax.backbones.config import BackboneConfig, Spec
 from loopfm_jax.backbones.layers import FeedForward, Key, dense, dropout, split
 from loopfm_jax.backbones.self_attention import self_attend
@@ -87,7 +87,7 @@ class Head(nnx.Module):
         return self.scores.score(tokens, query, head_TM, key=score_key), head_TM
 
 
-class DMIN(Interest):
+class DMIN(Weighing):
     """The interests of all heads side by side, [B,H*M].
 
     Raises:

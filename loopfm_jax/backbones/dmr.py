@@ -22,7 +22,7 @@ from flax import nnx
 from jax.tree_util import Partial
 
 from loopfm_jax.backbones.attention import Query, Scores, pool
-from loopfm_jax.backbones.behaviours import Interest, Seen, Weighed
+from loopfm_jax.backbones.behaviours import Seen, Weighed, Weighing
 from loopfm_jax.backbones.config import Spec
 from loopfm_jax.backbones.layers import Key, dense, split
 from loopfm_jax.data.schema import Behaviour
@@ -59,7 +59,7 @@ def _activated(query: Query, target_BM: jax.Array, tokens: Tokens) -> jax.Array:
     return jax.nn.relu(query(target_BM, tokens))
 
 
-class DMR(Interest):
+class DMR(Weighing):
     """The weighted sum of the events, [B,M], and with `u2i` the match, [B,M+1]."""
 
     def __init__(self, spec: Spec, pair: Behaviour, *, rngs: nnx.Rngs):

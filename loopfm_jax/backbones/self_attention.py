@@ -1,9 +1,11 @@
-"""Self-attention of packed entries: each sees itself and the older ones of its example.
+"""Self-attention of packed entries: each sees itself and the older ones of its example, all of them
+or the nearest.
 
 One definition, several ways: products of neighbouring blocks, everywhere; cuDNN on GPU, padded and
 masked; Pallas on TPU, over all tokens, with a window and segments. Which is the fastest depends on
 sizes, so where there is a choice it is measured: forward and backward, once per shape of a process,
-when a step is traced. The kernels draw no dropout, and several devices go by blocks.
+when a step is traced. The kernels draw no dropout and weigh by softmax; several devices, and
+weights of another kind (HSTU's), go by blocks.
 """
 
 import math
@@ -13,9 +15,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
+from jax.tree_util import Partial
 from jax.typing import DTypeLike
 
 from loopfm_jax import sharding
@@ -31,15 +36,40 @@ LANES, TILE = 128, 512
 """Pallas: sizes are multiples of the first; tokens of a tile."""
 
 
+@struct.dataclass
+class Pairs:
+    """C blocks of L entries, each beside the S = 2L that it may see."""
+
+    seen_CLS: jax.Array
+    """Who sees whom."""
+    apart_LS: jax.Array
+    """By how many ranks the seen one is older."""
+    seconds_CLS: jax.Array | None
+    """By how much, where ages are known."""
+
+
+Weigh = Partial
+"""(products of queries and keys [C,H,L,S] float32, `Pairs`) -> weights [C,H,L,S]."""
+
+
 def self_attend(
-    qkv_TX: jax.Array, tokens: Tokens, *, heads: int, rate: float = 0.0, key: Key = None
+    qkv_TX: jax.Array,
+    tokens: Tokens,
+    *,
+    heads: int,
+    window: int = 0,
+    weigh: Weigh | None = None,
+    rate: float = 0.0,
+    key: Key = None,
 ) -> jax.Array:
-    """Causal scaled dot-product attention.
+    """Causal attention.
 
     Args:
       qkv_TX: queries, keys and values side by side, X = 3 * heads * D.
       tokens: whose they are.
       heads: H.
+      window: how many entries one sees, itself included; 0: all.
+      weigh: what becomes of products; default: their scaled softmax.
       rate: dropout of the attention weights.
       key: randomness of that dropout; None means inference.
 
@@ -48,22 +78,35 @@ def self_attend(
     """
     draws = rate > 0 and key is not None
     slots, width = qkv_TX.shape
-    shape = Shape(slots, width, heads, tokens.examples, tokens.length, qkv_TX.dtype.name)
-    way = "blocks" if draws or sharding.devices() > 1 else choose(shape)
+    window = min(window or tokens.length, tokens.length)
+    shape = Shape(slots, width, heads, tokens.examples, tokens.length, window, qkv_TX.dtype.name)
+    way = "blocks" if draws or weigh or sharding.devices() > 1 else choose(shape)
     if way != "blocks":
-        return WAYS[way](tokens, qkv_TX, heads=heads)
-    attend = partial(in_blocks, heads=heads, rate=rate)
-    return by_block(attend, ahead=tokens.length)(tokens, qkv_TX, key=key)
+        return WAYS[way](tokens, qkv_TX, heads=heads, window=window)
+    attend = partial(_in_blocks, heads=heads, window=window, rate=rate)
+    return by_block(Partial(attend, weigh), ahead=window)(tokens, qkv_TX, key=key)
+
+
+def _in_blocks(weigh: Weigh | None, tokens: Tokens, qkv_TX: jax.Array, **how: Any) -> jax.Array:
+    return in_blocks(tokens, qkv_TX, weigh=weigh, **how)
 
 
 def in_blocks(
-    tokens: Tokens, qkv_TX: jax.Array, *, heads: int, rate: float = 0.0, key: Key = None
+    tokens: Tokens,
+    qkv_TX: jax.Array,
+    *,
+    heads: int,
+    window: int = 0,
+    weigh: Weigh | None = None,
+    rate: float = 0.0,
+    key: Key = None,
 ) -> jax.Array:
-    """An example's entries stand side by side, newest first, at most L of them: a block of L slots
-    sees itself and the next one. So the scores are T * 2L and need no padding, whose [B,H,L,L] is
-    mostly empty."""
-    (slots, width), length = qkv_TX.shape, tokens.length
+    """An example's entries stand side by side, newest first, and one sees at most L: a block of L
+    slots sees itself and the next one. So the scores are T * 2L and need no padding, whose
+    [B,H,L,L] is mostly empty."""
+    (slots, width), length = qkv_TX.shape, window or tokens.length
     size = width // (3 * heads)
+    weigh = weigh or Partial(partial(softmaxed, size=size))
 
     def blocks(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, [(0, -slots % length)] + [(0, 0)] * (x.ndim - 1))
@@ -74,15 +117,29 @@ def in_blocks(
 
     qkv_CHLD = jnp.moveaxis(blocks(qkv_TX.reshape(slots, 3 * heads, size)), 2, 1)
     q, k, v = jnp.split(qkv_CHLD, 3, axis=1)  # heads first: batched dots
-    owner_CL = blocks(_owners(tokens))
-    owner_CS = seen(owner_CL[..., None])[..., 0]
-    older_LS = jnp.arange(2 * length)[None] >= jnp.arange(length)[:, None]
-    mask_CLS = older_LS[None] & (owner_CL[:, :, None] == owner_CS[:, None])
-    score_CHLS = wide(jnp.einsum("CHLD,CHSD->CHLS", q, seen(k))) / math.sqrt(size)
-    score_CHLS = jnp.where(mask_CLS[:, None], score_CHLS, -jnp.inf)
-    weight_CHLS = dropout(jax.nn.softmax(score_CHLS), rate, key).astype(v.dtype)
+
+    def apart(x_T: jax.Array) -> jax.Array:
+        """Of the one that is seen, less that of the one that sees, [C,L,S]."""
+        x_CL = blocks(x_T)
+        return seen(x_CL[..., None])[..., 0][:, None] - x_CL[:, :, None]
+
+    apart_LS = jnp.arange(2 * length)[None] - jnp.arange(length)[:, None]
+    near_LS = (apart_LS >= 0) & (apart_LS < length)
+    pairs = Pairs(
+        seen_CLS=near_LS[None] & (apart(_owners(tokens)) == 0),
+        apart_LS=apart_LS,
+        seconds_CLS=None if tokens.age_T is None else apart(tokens.age_T),
+    )
+    product_CHLS = wide(jnp.einsum("CHLD,CHSD->CHLS", q, seen(k)))
+    weight_CHLS = dropout(weigh(product_CHLS, pairs), rate, key).astype(v.dtype)
     mixed_CHLD = jnp.einsum("CHLS,CHSD->CHLD", weight_CHLS, seen(v))
     return jnp.moveaxis(mixed_CHLD, 1, 2).reshape(-1, heads, size)[:slots]
+
+
+def softmaxed(product_CHLS: jax.Array, pairs: Pairs, *, size: int) -> jax.Array:
+    """Scaled by the square root of the heads' width, and what is seen sums to 1."""
+    score_CHLS = product_CHLS / math.sqrt(size)
+    return jax.nn.softmax(jnp.where(pairs.seen_CLS[:, None], score_CHLS, -jnp.inf))
 
 
 def _owners(tokens: Tokens) -> jax.Array:
@@ -93,21 +150,25 @@ def _owners(tokens: Tokens) -> jax.Array:
 # ------------------------------------------------------------------------------- kernels
 
 
-def padded(tokens: Tokens, qkv_TX: jax.Array, *, heads: int, kernel: str = "cudnn") -> jax.Array:
+def padded(
+    tokens: Tokens, qkv_TX: jax.Array, *, heads: int, window: int = 0, kernel: str = "cudnn"
+) -> jax.Array:
     """By `jax.nn.dot_product_attention` of examples padded to L."""
     qkv_THD = qkv_TX.reshape(len(qkv_TX), 3 * heads, -1)
     q, k, v = jnp.split(tokens.pad(qkv_THD), 3, axis=2)
     real_BS = tokens.pad(tokens.real_T)
     rank = jnp.arange(tokens.length)
-    mask_BLS = (rank[None] >= rank[:, None])[None] & real_BS[:, None]
+    apart_LS = rank[None] - rank[:, None]
+    near_LS = (apart_LS >= 0) & (apart_LS < (window or tokens.length))
+    mask_BLS = near_LS[None] & real_BS[:, None]
     seen = jax.nn.dot_product_attention(q, k, v, mask=mask_BLS[:, None], implementation=kernel)  # pyright: ignore
     return tokens.unpad(seen)
 
 
 def windowed(
-    tokens: Tokens, qkv_TX: jax.Array, *, heads: int, interpret: bool = False
+    tokens: Tokens, qkv_TX: jax.Array, *, heads: int, window: int = 0, interpret: bool = False
 ) -> jax.Array:
-    """By Pallas' splash attention over all tokens: a window of L, segments, tiles that nothing is
+    """By Pallas' splash attention over all tokens: a window, segments, tiles that nothing is
     seen in left out. Heads are filled up to whole lanes, tokens to whole tiles."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -119,7 +180,7 @@ def windowed(
         [(0, grown - slots), (0, 0), (0, -size % LANES)],
     )
     q, k, v = jnp.split(jnp.moveaxis(x_THD, 0, 1), 3)
-    mask = splash.LocalMask((grown, grown), (0, tokens.length - 1), 0)
+    mask = splash.LocalMask((grown, grown), (0, (window or tokens.length) - 1), 0)
     sizes = splash.BlockSizes(
         block_q=tile, block_kv=tile, block_kv_compute=tile,
         block_q_dkv=tile, block_kv_dkv=tile, block_kv_dkv_compute=tile,
@@ -155,6 +216,7 @@ class Shape:
     heads: int
     examples: int
     length: int
+    window: int
     dtype: DTypeLike
 
 
@@ -192,7 +254,8 @@ def measure(way: str, shape: Shape, *, repeats: int = 5) -> float:
     @jax.jit
     @jax.grad
     def learn(qkv_TX: jax.Array) -> jax.Array:
-        return wide(WAYS[way](tokens, qkv_TX, heads=shape.heads)).sum()
+        seen_THD = WAYS[way](tokens, qkv_TX, heads=shape.heads, window=shape.window)
+        return wide(seen_THD).sum()
 
     try:
         learn(qkv_TX).block_until_ready()

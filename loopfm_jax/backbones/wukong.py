@@ -11,33 +11,52 @@ Letters: F fields with the extra ones, K `rank`.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
-from loopfm_jax.backbones.config import Spec
-from loopfm_jax.backbones.layers import Mlp, dense, wide
+from loopfm_jax.backbones.config import BackboneConfig, Spec
+from loopfm_jax.backbones.layers import Key, Mlp, dense, wide
 from loopfm_jax.backbones.output import Backbone, Output, name_taps
 from loopfm_jax.backbones.stack import Stack
 from loopfm_jax.tables import Embedded
 
 
 class Layer(nnx.Module):
-    """[B,F,E] -> [B,F,E]."""
+    """[B,F,E] -> [B,F,E].
 
-    def __init__(self, spec: Spec, *, rngs: nnx.Rngs):
-        config, fields, dtype = spec.config, spec.fields, spec.dtype
-        made, width = fields // 2, config.tables.width
+    Args:
+      config: `rank` and `mix_hidden`.
+      fields: F, which the layer makes anew.
+      width: E.
+      beside: further tokens, which it only reads.
+      dtype: of its products.
+    """
+
+    def __init__(
+        self,
+        config: BackboneConfig,
+        *,
+        fields: int,
+        width: int,
+        beside: int = 0,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        made, read = fields // 2, fields + beside
         start = nnx.initializers.xavier_normal()
-        self.project_FK = nnx.Param(start(rngs.params(), (fields, config.rank)))
-        self.norm_products = nnx.LayerNorm(fields * config.rank, dtype=dtype, rngs=rngs)
-        self.mix = Mlp(fields * config.rank, config.mix_hidden, dtype=dtype, rngs=rngs)
+        self.project_FK = nnx.Param(start(rngs.params(), (read, config.rank)))
+        self.norm_products = nnx.LayerNorm(read * config.rank, dtype=dtype, rngs=rngs)
+        self.mix = Mlp(read * config.rank, config.mix_hidden, dtype=dtype, rngs=rngs)
         self.make = dense(config.mix_hidden[-1], made * width, dtype=dtype, rngs=rngs)
-        self.keep_FG = nnx.Param(start(rngs.params(), (fields, fields - made)))
+        self.keep_FG = nnx.Param(start(rngs.params(), (read, fields - made)))
         self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_BFE: jax.Array) -> jax.Array:
+    def __call__(self, own_BFE: jax.Array, *beside: jax.Array, key: Key = None) -> jax.Array:
+        """beside: tokens [B,G,E] to read."""
+        x_BFE = jnp.concatenate([own_BFE, *beside], axis=1)
         project_FK, keep_FG = (p[...].astype(x_BFE.dtype) for p in (self.project_FK, self.keep_FG))
         kept_BGE = jnp.einsum("BFE,FG->BGE", x_BFE, keep_FG)
         new_BFE = jnp.concatenate([self.factorise(x_BFE, project_FK), kept_BGE], axis=1)
-        return self.norm(new_BFE + x_BFE)
+        return self.norm(new_BFE + own_BFE)
 
     def factorise(self, x_BFE: jax.Array, project_FK: jax.Array) -> jax.Array:
         """Half as many fields, made of X (X^T Y): F * F products are never held."""
@@ -56,7 +75,16 @@ class Wukong(Backbone):
         self.extra_fields, self.pooled, self.dtype = spec.extra_fields, spec.pooled, spec.dtype
         self.embedder = spec.embedder(rngs)
         self.stack = Stack(
-            lambda rngs: Layer(spec, rngs=rngs), config.layers, remat=config.remat, rngs=rngs
+            lambda rngs: Layer(
+                config,
+                fields=spec.fields,
+                width=config.tables.width,
+                dtype=spec.dtype,
+                rngs=rngs,
+            ),
+            config.layers,
+            remat=config.remat,
+            rngs=rngs,
         )
         self.dnn = spec.dnn(spec.flat_width, rngs)
         self.trunk_width = config.hidden[-1]

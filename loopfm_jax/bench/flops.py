@@ -8,7 +8,8 @@ peak reckoned from this is a lower bound.
 
 from collections.abc import Sequence
 
-from loopfm_jax.backbones import BackboneConfig
+from loopfm_jax.backbones import BackboneConfig, interformer, kunlun
+from loopfm_jax.backbones.config import SEQUENCE_BACKBONES
 from loopfm_jax.data.schema import Behaviour, Schema
 from loopfm_jax.fm.compressor import CompressorConfig
 from loopfm_jax.history.encoders import POOLING, EncoderConfig, spec_of
@@ -33,19 +34,23 @@ def forward(
     width = config.tables.width
     flat = width * (len(read.categorical) + len(read.numeric) + extra_fields)
     total = 0.0
-    if config.name not in INTERESTS:
+    if config.name not in SEQUENCE_BACKBONES:
         flat += width * len(read.sequences)
     else:
         past = {name for b in read.behaviours for name in b.history}
         flat += width * sum(f.name not in past for f in read.sequences)
         for pair in read.behaviours:
             wide = width * len(pair.target)
-            total += INTERESTS[config.name](config, wide, tokens, pairs)
-            flat += interest_width(config, pair)
+            if config.name in INTERESTS:
+                total += INTERESTS[config.name](config, wide, tokens, pairs)
+                flat += interest_width(config, pair)
     if config.name == "dcnv2":
         total += config.cross_layers * chain(flat, flat) + chain(flat, 1)
     if config.name == "wukong":
-        total += config.layers * wukong_layer(config, flat // width)
+        total += config.layers * interaction(config, flat // width, width=width)
+    if config.name in ARMS:
+        total += arms(config, flat // width, read, tokens=tokens, pairs=pairs)
+        flat = flat // width * config.token_width
     return total + chain(flat, *config.hidden, 1)
 
 
@@ -64,7 +69,7 @@ def train(
     """
     whole = forward(schema, config, tokens=tokens, pairs=pairs, extra_fields=extra_fields)
     again = 0.0
-    if remat and config.name in INTERESTS:
+    if remat and config.name in SEQUENCE_BACKBONES:
         again = whole - forward(schema, config, tokens=0, pairs=0)
     return 3 * whole + again
 
@@ -116,6 +121,8 @@ def chain(*widths: float) -> float:
 
 
 def interest_width(config: BackboneConfig, pair: Behaviour) -> int:
+    if config.name == "hstu":
+        return config.token_width
     heads = config.heads if config.name == "dmin" else 1
     return heads * config.tables.width * len(pair.target)
 
@@ -149,14 +156,71 @@ def dmin(config: BackboneConfig, wide: int, tokens: float, pairs: float) -> floa
     return refiner + attend + config.heads * own
 
 
-def wukong_layer(config: BackboneConfig, fields: int) -> float:
-    """X^T Y, X of that, the MLP, and the fields that are kept."""
-    width, made = config.tables.width, fields // 2
-    products = 4 * fields * width * config.rank
-    mixed = chain(fields * config.rank, *config.mix_hidden, made * width)
-    return products + mixed + 2 * fields * (fields - made) * width
+def hstu(config: BackboneConfig, wide: int, tokens: float, pairs: float) -> float:
+    """The candidate is one token more, which sees all."""
+    width, tokens, pairs = config.token_width, tokens + 1, pairs + tokens + 1
+    layer = tokens * (chain(width, 4 * width) + chain(width, width)) + pairs * 4 * width
+    return tokens * chain(wide, width) + config.layers * layer
 
 
-INTERESTS = {"din": din, "dien": dien, "dmin": dmin}
-COUNTED = ("deepfm", "dcnv2", "wukong", *INTERESTS)
+def interaction(config: BackboneConfig, fields: int, *, width: int, beside: int = 0) -> float:
+    """Wukong's layer: X^T Y, X of that, the MLP, and the fields that are kept."""
+    made, read = fields // 2, fields + beside
+    products = 4 * read * width * config.rank
+    mixed = chain(read * config.rank, *config.mix_hidden, made * width)
+    return products + mixed + 2 * read * (fields - made) * width
+
+
+def arms(
+    config: BackboneConfig, fields: int, schema: Schema, *, tokens: float, pairs: float
+) -> float:
+    """Fields and events as tokens of one width, then the layers."""
+    width = config.token_width
+    total, told, layer = fields * chain(config.tables.width, width), 0, 0.0
+    for pair in schema.behaviours:
+        wide = config.tables.width * len(pair.target)
+        total += tokens * (chain(wide, wide) + chain(wide, width))
+        told += kunlun.TOLD
+        layer += ARMS[config.name](config, fields, tokens, pairs)
+    mixed = interaction(config, fields, width=width, beside=told)
+    return total + config.layers * (layer + LAYERS_OF[config.name] * mixed)
+
+
+def interformer_arm(config: BackboneConfig, fields: int, tokens: float, pairs: float) -> float:
+    """X_sum and its matrix; PFFN and self-attention, CLS among the tokens; seeds; both gates."""
+    width, rank, cls = config.token_width, config.rank, interformer.CLS
+    own, every = chain(width, width), tokens + cls
+    across = 2 * fields * (rank + cls) * width + 2 * rank * own
+    forward = every * 4 * width * rank
+    attend = tokens * 3 * own + cls * own + (pairs + cls * tokens) * 4 * width + every * own
+    pool = tokens * 2 * own + interformer.SEEDS * tokens * 4 * width
+    told = cls + interformer.SEEDS + interformer.RECENT
+    return across + forward + attend + pool + told * own
+
+
+def kunlun_arms(config: BackboneConfig, fields: int, tokens: float, pairs: float) -> float:
+    """GDPA and self-attention in a window; in both layers the seeds and their SumKronLinear."""
+    width, rank = config.token_width, config.rank
+    own = chain(width, width)
+    answer = 2 * fields * rank * width + rank * 2 * own + tokens * (2 * own + rank * 4 * width)
+    attend = tokens * 4 * own + in_window(config.window, tokens, pairs) * 4 * width
+    fewer = kunlun.TERMS * kunlun.TOLD
+    pool = tokens * 2 * own + kunlun.SEEDS * tokens * 4 * width
+    pool += 2 * kunlun.SEEDS * fewer * width + fewer * own
+    return answer + attend + 2 * pool
+
+
+def in_window(window: int, tokens: float, pairs: float) -> float:
+    """Pairs of events that are less than `window` apart, were all histories equally long."""
+    length = 2 * pairs / tokens - 1 if tokens else 0
+    if not window or length <= window:
+        return pairs
+    return tokens * (window - window * (window - 1) / (2 * length))
+
+
+INTERESTS = {"din": din, "dien": dien, "dmin": dmin, "hstu": hstu}
+ARMS = {"interformer": interformer_arm, "kunlun": kunlun_arms}
+LAYERS_OF = {"interformer": 1, "kunlun": 2}
+"""Of what `layers` counts."""
+COUNTED = ("deepfm", "dcnv2", "wukong", *INTERESTS, *ARMS)
 """Backbones with a count."""

@@ -162,12 +162,13 @@ class Log:
             count_B = places[column][1]
             if (count_B < length_B).any():
                 ids_TG[rank_T >= np.repeat(count_B, length_B), i] = 0
-        return Events(ids_TG, length_B.astype(np.int32))
+        first = self.schema[names[0]].slices or names[0]
+        return Events(ids_TG, length_B.astype(np.int32), index[first])
 
     def padded(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Fused ids of a sequence field at `rows` as people read them: [B, length], oldest first,
         0 in front where there are fewer."""
-        ids_TG, length_B = self.events((name,), rows)
+        ids_TG, length_B, _ = self.events((name,), rows)
         longest = self.schema[name].length
         padded_BL = np.zeros((len(rows), longest), np.int32)
         padded_BL[np.arange(longest) < length_B[:, None]] = ids_TG[:, 0]
@@ -198,6 +199,8 @@ class Events(NamedTuple):
     """Fused ids, int32."""
     length_B: np.ndarray
     """How many belong to each row, int32."""
+    index_T: np.ndarray
+    """Where they stand among the values of the first field."""
 
 
 def read_schema(directory: Path) -> Schema:

@@ -61,6 +61,7 @@ def open_lessons(
         data,
         reader="fm",
         behaviours=config.backbone.reads_behaviours,
+        timed=config.backbone.reads_times,
         residency=log_residency,
         order=order,
     )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from loopfm_jax.backbones.behaviours import Interest, Seen, Weighed
+from loopfm_jax.backbones.behaviours import Seen, Weighed, Weighing
 from loopfm_jax.backbones.config import BackboneConfig, Spec
 from loopfm_jax.backbones.dien import DIEN
 from loopfm_jax.backbones.din import DIN
@@ -111,7 +111,7 @@ class Attentive(nnx.Module):
 
     def __init__(
         self,
-        kind: type[Interest],
+        kind: type[Weighing],
         inputs: int,
         query: int,
         config: EncoderConfig,

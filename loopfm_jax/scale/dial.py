@@ -1,9 +1,10 @@
-"""The dial: a number of dense parameters -> hidden widths.
+"""The dial: a number of dense parameters -> hidden widths and depth.
 
-All widths of the DNN and of wukong's layers (with `widen="all"` also of the attention scores) are
-multiplied by one factor, so that a model keeps its shape; depth is the number of entries in
-`hidden` and stays what the configuration says, as do embedding width, encoder and compressor.
-Parameters are counted by building the model's shapes, which takes no memory.
+All widths of the DNN and of a stack's layers (with `widen="all"` also of the attention scores) are
+multiplied by one factor, so that a model keeps its shape. A stack's depth grows with the square
+root of that factor, rounded: four times as wide is twice as deep. What the configuration says stays
+of the rest: the number of entries in `hidden`, embedding width, encoder and compressor. Parameters
+are counted by building the model's shapes, which takes no memory.
 """
 
 import math
@@ -15,6 +16,7 @@ from flax import nnx
 
 from loopfm_jax import loop, rows
 from loopfm_jax.backbones import BackboneConfig
+from loopfm_jax.backbones.config import MIXING, STACKED, TOKEN_BACKBONES
 
 ALIGNED = 8
 """Wide layers are multiples of this, which matrix units want."""
@@ -38,6 +40,12 @@ class Turned:
 
     backbone: BackboneConfig
     size: Size
+    factor: float
+    """Of the widths."""
+
+
+Known = dict[int, dict[float, Turned]]
+"""By depth and factor."""
 
 
 def measure(build: Callable[[nnx.Rngs], nnx.Module]) -> Size:
@@ -49,15 +57,23 @@ def measure(build: Callable[[nnx.Rngs], nnx.Module]) -> Size:
 
 def widen(config: BackboneConfig, by: float, what: Literal["dnn", "all"]) -> BackboneConfig:
     """Hidden widths times `by`, rounded; at least 1."""
-    names = ["hidden", *(["mix_hidden"] if config.name == "wukong" else [])]
+    names = ["hidden", *(["mix_hidden"] if config.name in MIXING else [])]
     names += ["attention_hidden"] if what == "all" else []
-    grown = {name: tuple(_round(by * w) for w in getattr(config, name)) for name in names}
+    grown: dict = {name: tuple(_round(by * w) for w in getattr(config, name)) for name in names}
+    if config.name in TOKEN_BACKBONES:
+        grown["token_width"] = _round(by * config.token_width, unit=config.token_unit)
     return replace(config, **grown)
 
 
-def _round(width: float) -> int:
-    step = ALIGNED if width >= 16 * ALIGNED else 1
-    return max(1, step * round(width / step))
+def deepen(config: BackboneConfig, by: float) -> int:
+    """Layers of a stack whose widths are multiplied by that; at least 1."""
+    grows = config.name in STACKED
+    return max(1, round(config.layers * math.sqrt(by))) if grows else config.layers
+
+
+def _round(width: float, *, unit: int = 1) -> int:
+    step = math.lcm(ALIGNED, unit) if width >= 16 * ALIGNED else unit
+    return max(unit, step * round(width / step))
 
 
 def turn(
@@ -66,22 +82,42 @@ def turn(
     count: Callable[[BackboneConfig], Size],
     *,
     what: Literal["dnn", "all"] = "dnn",
-    known: dict[float, Turned] | None = None,
+    known: Known | None = None,
 ) -> Turned:
-    """The widths whose dense parameters are nearest to `target`, by secants in logarithms.
+    """The depth and the widths whose dense parameters are nearest to `target`.
 
-    Where even one unit a layer is too much, that is what is returned.
+    The depth is the one that the widths of that depth ask for. Where two ask for one another, as
+    happens where the rounding turns, it is the first of them.
 
     Args:
-      known: factor -> what it gave, for further targets to start from.
+      known: what factors gave, for further targets to start from.
     """
-    known = {} if known is None else known
+    known, layers = {} if known is None else known, config.layers
+    found: dict[int, Turned] = {}
+    while layers not in found:
+        of_depth = known.setdefault(layers, {})
+        found[layers] = _turn(replace(config, layers=layers), target, count, what, of_depth)
+        layers = deepen(config, found[layers].factor)
+    return found[layers]
+
+
+def _turn(
+    config: BackboneConfig,
+    target: float,
+    count: Callable[[BackboneConfig], Size],
+    what: Literal["dnn", "all"],
+    known: dict[float, Turned],
+) -> Turned:
+    """The widths alone, by secants in logarithms.
+
+    Where even one unit a layer is too much, that is what is returned.
+    """
     for _ in range(TRIALS):
         factor = _next(known, target)
         backbone = widen(config, factor, what)
         if any(backbone == turned.backbone for turned in known.values()):
             break  # nothing lies between
-        known[factor] = Turned(backbone, count(backbone))
+        known[factor] = Turned(backbone, count(backbone), factor)
         if _off(known[factor], target) < TOLERANCE or max(backbone.hidden) == 1:
             break
     return min(known.values(), key=lambda turned: _off(turned, target))

@@ -88,6 +88,7 @@ def open_examples(sources: Sources, config: VMConfig, method: Method) -> Example
         sources.data,
         reader="vm",
         behaviours=config.backbone.reads_behaviours,
+        timed=config.backbone.reads_times,
         residency=sources.log_residency,
         order=config.train.order.order,
     )
