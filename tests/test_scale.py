@@ -13,7 +13,6 @@ from flax import nnx
 
 from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.bench.data import write_log
-from loopfm_jax.bench.flops import COUNTED
 from loopfm_jax.bench.protocol import peak_rss_bytes
 from loopfm_jax.config import Config
 from loopfm_jax.data.batches import OrderConfig
@@ -26,7 +25,7 @@ from loopfm_jax.loop import TrainConfig
 from loopfm_jax.optim import OptimConfig
 from loopfm_jax.scale import job, make, sweep
 from loopfm_jax.scale.config import ScaleConfig
-from loopfm_jax.scale.dial import measure, widen
+from loopfm_jax.scale.dial import Growth, measure, widen
 from loopfm_jax.scale.plan import Point, builder, plan, schema_of, short
 from loopfm_jax.tables import TableConfig
 from loopfm_jax.vm.student import VMConfig
@@ -76,10 +75,10 @@ def test_the_count_is_of_the_model_that_is_built():
 
 
 def test_attention_scores_grow_where_they_are_told_to():
-    wide = widen(BackboneConfig("din", hidden=(64, 4), attention_hidden=(40,)), 4.1, "all")
+    wide = widen(BackboneConfig("din", hidden=(64, 4), attention_hidden=(40,)), 4.1, Growth("all"))
     assert wide.hidden == (264, 16)  # wide layers are multiples of 8
     assert wide.attention_hidden == (160,)
-    assert widen(wide, 1e-9, "all").hidden == (1, 1)
+    assert widen(wide, 1e-9, Growth("all")).hidden == (1, 1)
 
 
 @pytest.mark.parametrize("rows", [1000, 100_000, 30_000_000])

@@ -1,7 +1,8 @@
 """The whole of `loopfm compile`: every topology, size and program, then files."""
 
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from functools import partial
@@ -21,7 +22,7 @@ from loopfm_jax.data.schema import Schema
 from loopfm_jax.errors import UserError
 from loopfm_jax.progress import say
 from loopfm_jax.report import finite
-from loopfm_jax.scale.dial import Size, Turned, measure, turn
+from loopfm_jax.scale.dial import ALIGNED, Growth, Known, Size, measure, turn
 from loopfm_jax.scale.plan import builder, schema_of, short
 from loopfm_jax.sharding import ALL
 
@@ -41,7 +42,7 @@ def make(config: Config, *, command: str) -> dict[str, Any]:
     started = time.monotonic()
     rows = [
         _compile(sized, size, schema, devices, name)
-        for name, sized, size in _jobs(config, schema)
+        for name, sized, size in _jobs(config, schema, slices)
         for devices in slices
     ]
     found = finite(
@@ -70,17 +71,22 @@ def _schema(config: Config) -> Schema:
     return read_schema(folder)
 
 
-def _jobs(config: Config, schema: Schema) -> Iterator[tuple[str, Config, Size]]:
-    """Programs, each of a model of some size: the FM's of every size, the VM's as configured."""
+def _jobs(
+    config: Config, schema: Schema, slices: Sequence[chips.Slice]
+) -> Iterator[tuple[str, Config, Size]]:
+    """Programs, each of a model of some size: the FM's of every size, the VM's as configured.
+    Widened layers divide over all devices of the largest slice."""
+    largest = max(len(devices.devices) for devices in slices)
+    growth = Growth(config.scale.widen, aligned=math.lcm(ALIGNED, largest))
     for name in config.compile.programs:
         side = "vm" if name == "vm-train" else "fm"
         count = partial(_count, config, schema, side)
         if side == "vm" or not config.compile.sizes:
             yield name, config, count((config.vm if side == "vm" else config.fm).backbone)
             continue
-        known: dict[float, Turned] = {}
+        known: Known = {}
         for target in sorted(config.compile.sizes):
-            turned = turn(config.fm.backbone, target, count, what=config.scale.widen, known=known)
+            turned = turn(config.fm.backbone, target, count, growth=growth, known=known)
             wide = replace(config, fm=replace(config.fm, backbone=turned.backbone))
             yield name, wide, turned.size
 

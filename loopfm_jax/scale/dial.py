@@ -10,7 +10,7 @@ are counted by building the model's shapes, which takes no memory.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from flax import nnx
 
@@ -20,10 +20,20 @@ from loopfm_jax.backbones.config import MIXING, STACKED, TOKEN_BACKBONES
 
 ALIGNED = 8
 """Wide layers are multiples of this, which matrix units want."""
+NARROW = 16 * ALIGNED
+"""Layers below this are as wide as it comes."""
 TOLERANCE = 0.005
 TRIALS = 20
 WIDE, FURTHEST = 4.0, 100.0
 """Between factors, and of a step beyond them."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What is widened, and to multiples of what."""
+
+    what: Literal["dnn", "all"] = "dnn"
+    aligned: int = ALIGNED
 
 
 @dataclass(frozen=True)
@@ -55,13 +65,17 @@ def measure(build: Callable[[nnx.Rngs], nnx.Module]) -> Size:
     return Size(loop.count(dense), loop.count(tables))
 
 
-def widen(config: BackboneConfig, by: float, what: Literal["dnn", "all"]) -> BackboneConfig:
+def widen(config: BackboneConfig, by: float, growth: Growth) -> BackboneConfig:
     """Hidden widths times `by`, rounded; at least 1."""
     names = ["hidden", *(["mix_hidden"] if config.name in MIXING else [])]
-    names += ["attention_hidden"] if what == "all" else []
-    grown: dict = {name: tuple(_round(by * w) for w in getattr(config, name)) for name in names}
+    names += ["attention_hidden"] if growth.what == "all" else []
+    grown: dict[str, Any] = {
+        name: tuple(_round(by * w, growth.aligned) for w in getattr(config, name)) for name in names
+    }
     if config.name in TOKEN_BACKBONES:
-        grown["token_width"] = _round(by * config.token_width, unit=config.token_unit)
+        grown["token_width"] = _round(
+            by * config.token_width, growth.aligned, unit=config.token_unit
+        )
     return replace(config, **grown)
 
 
@@ -71,8 +85,8 @@ def deepen(config: BackboneConfig, by: float) -> int:
     return max(1, round(config.layers * math.sqrt(by))) if grows else config.layers
 
 
-def _round(width: float, *, unit: int = 1) -> int:
-    step = math.lcm(ALIGNED, unit) if width >= 16 * ALIGNED else unit
+def _round(width: float, aligned: int, *, unit: int = 1) -> int:
+    step = math.lcm(aligned, unit) if width >= NARROW else unit
     return max(unit, step * round(width / step))
 
 
@@ -81,7 +95,7 @@ def turn(
     target: float,
     count: Callable[[BackboneConfig], Size],
     *,
-    what: Literal["dnn", "all"] = "dnn",
+    growth: Growth = Growth(),
     known: Known | None = None,
 ) -> Turned:
     """The depth and the widths whose dense parameters are nearest to `target`.
@@ -96,7 +110,7 @@ def turn(
     found: dict[int, Turned] = {}
     while layers not in found:
         of_depth = known.setdefault(layers, {})
-        found[layers] = _turn(replace(config, layers=layers), target, count, what, of_depth)
+        found[layers] = _turn(replace(config, layers=layers), target, count, growth, of_depth)
         layers = deepen(config, found[layers].factor)
     return found[layers]
 
@@ -105,7 +119,7 @@ def _turn(
     config: BackboneConfig,
     target: float,
     count: Callable[[BackboneConfig], Size],
-    what: Literal["dnn", "all"],
+    growth: Growth,
     known: dict[float, Turned],
 ) -> Turned:
     """The widths alone, by secants in logarithms.
@@ -114,7 +128,7 @@ def _turn(
     """
     for _ in range(TRIALS):
         factor = _next(known, target)
-        backbone = widen(config, factor, what)
+        backbone = widen(config, factor, growth)
         if any(backbone == turned.backbone for turned in known.values()):
             break  # nothing lies between
         known[factor] = Turned(backbone, count(backbone), factor)

@@ -16,7 +16,7 @@ from loopfm_jax.errors import UserError
 from loopfm_jax.fm.teacher import FMConfig, Teacher
 from loopfm_jax.history.codes import Codec
 from loopfm_jax.scale.config import Sweep
-from loopfm_jax.scale.dial import Size, Turned, measure, turn
+from loopfm_jax.scale.dial import Growth, Size, Turned, measure, turn
 from loopfm_jax.vm.methods import find_method
 from loopfm_jax.vm.student import Student, VMConfig
 
@@ -87,7 +87,7 @@ def _dense(config: Config, sweep: Sweep, dtype: str) -> list[Point]:
 
     points = []
     for target in sorted(config.scale.sizes):
-        turned = turn(side.backbone, target, count, what=config.scale.widen, known=known)
+        turned = turn(side.backbone, target, count, growth=Growth(config.scale.widen), known=known)
         _check_size(sweep, target, turned)
         spec = _spec(config, sweep, turned.backbone, schema, dtype)
         points.append(Point(sweep, target, turned.size, schema.table_rows, spec))
