@@ -7,6 +7,7 @@ replicated. With FSDP a DNN's kernels lie split over `data` too, and are gathere
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,8 +64,13 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"mesh data={config.data} x model={config.model} needs {wanted} devices, but there are "
             f"{len(devices)} ({devices[0].platform}): lower --mesh.data or --mesh.model"
         )
-    shape = config.data, config.model
-    return jax.make_mesh(shape, ALL, axis_types=(AxisType.Auto,) * 2, devices=devices[:wanted])
+    return mesh_of(config, devices[:wanted])
+
+
+def mesh_of(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
+    """Of these devices, which need not be here."""
+    shape, auto = (config.data, config.model), (AxisType.Auto,) * 2
+    return jax.make_mesh(shape, ALL, axis_types=auto, devices=list(devices))
 
 
 def devices() -> int:

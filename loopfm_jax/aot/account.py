@@ -1,4 +1,4 @@
-"""What a compiled program needs: bytes by kind, collectives, operations, and a roofline of its time.
+"""What a compiled program needs: bytes by kind, collectives, and a roofline of its time.
 
 The time is an estimate, never a measurement: that of the slowest of arithmetic, HBM and links if
 they overlap wholly (`at_best_s`), of all three one after the other if not at all (`at_worst_s`),

@@ -99,8 +99,10 @@ def _tpus(topology: str) -> Sequence[Any]:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
+    alone = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        found = topologies.get_topology_desc(topology_name=topology, platform="tpu", **alone)
+        return found.devices
     except Exception as error:  # libtpu says in many ways that a slice has no such shape
         said = str(error).splitlines()[0][:200]
         raise UserError(f"libtpu knows no topology {topology!r}: {said}") from None

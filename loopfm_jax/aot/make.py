@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, Literal
 
 import jax
-from jax.sharding import AxisType
 
 from loopfm_jax.aot import chips, report
 from loopfm_jax.aot.account import account, estimate

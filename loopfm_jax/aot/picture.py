@@ -44,7 +44,8 @@ def _lines(axes: Axes, rows: list[Mapping[str, Any]], key: str, unit: float, nam
         x, y = [r["devices"] for r in own], [r[key] / unit for r in own]
         axes.plot(x, y, marker=marker, color=colour, label=f"FM of {short(dense)}")
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    if any(row[key] for row in rows):  # one device sends nothing
+        axes.set_yscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
