@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from loopfm_jax import sharding
 from loopfm_jax.data.batches import Assemble, GlobalBatches, OrderConfig, iterate
 from loopfm_jax.loop import put
 from loopfm_jax.progress import track
@@ -35,7 +36,7 @@ def run(
     jitted = jax.jit(lambda s, b, c: step(nnx.merge(graphdef, s), b, c))
     per_device = mesh.shape["data"]
     config = OrderConfig(batch=max(per_device, batch // per_device * per_device))
-    source = GlobalBatches(rows, assemble, config=config)
+    source = GlobalBatches(rows, assemble, config=config, parts=sharding.parts(mesh))
     waiting: list[tuple[int, dict[str, jax.Array]]] = []
     started, done = time.monotonic(), 0
 

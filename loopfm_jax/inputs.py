@@ -14,7 +14,7 @@ from loopfm_jax.data.log import Events, Log, LogResidency, load
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.errors import UserError
 from loopfm_jax.history.slices import SliceConfig, slices
-from loopfm_jax.packing import budget
+from loopfm_jax.packing import WHOLE, Parts, budget
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,14 @@ class Inputs:
     def rows(self, *splits: str) -> np.ndarray:
         return np.concatenate([np.r_[self.splits[s]] for s in splits])
 
-    def batch(self, rows: np.ndarray) -> Batch:
+    def batch(self, rows: np.ndarray, parts: Parts = WHOLE) -> Batch:
         """`ids_BF`, `floats_BN`, `label_B` of the given row numbers, and `events` by group of
-        sequences: `ids_TG`, filled up to a token budget, and `length_B`."""
+        sequences: `ids_PSG`, filled up to a token budget, and `length_B`.
+
+        Args:
+          rows: of the whole batch.
+          parts: how it is laid out, and what of it is wanted.
+        """
         log, rows = self.log.near(rows)
         floats = log.columns.get("floats")
         return {
@@ -41,17 +46,21 @@ class Inputs:
             "floats_BN": np.zeros((len(rows), 0), np.float32) if floats is None else floats[rows],
             "label_B": log["label"][rows].astype(np.float32),
             "events": {
-                group: _budgeted(log.events(names, rows), self.schema[group].length)
+                group: _budgeted(log.events(names, rows), self.schema[group].length, parts)
                 for group, names in self.schema.groups.items()
             },
         }
 
 
-def _budgeted(events: Events, longest: int) -> Batch:
-    slots = budget(events.length_B, longest=longest)
-    ids_TG = np.zeros((slots, events.ids_TG.shape[1]), np.int32)
-    ids_TG[: len(events.ids_TG)] = events.ids_TG
-    return {"ids_TG": ids_TG, "length_B": events.length_B}
+def _budgeted(events: Events, longest: int, parts: Parts) -> Batch:
+    ids_PSG = parts.deal(
+        lambda tokens, out: np.copyto(out, events.ids_TG[tokens]),
+        events.length_B,
+        slots=budget(events.length_B, longest=longest, parts=parts.count),
+        shape=events.ids_TG.shape[1:],
+        dtype=np.int32,
+    )
+    return {"ids_PSG": ids_PSG, "length_B": events.length_B}
 
 
 def open_inputs(

@@ -101,7 +101,8 @@ def train(
     """
     _check_batch(config.order.batch, mesh)
     memory.keep_freed()  # here and not earlier: preparing a log should give its memory back
-    source = GlobalBatches(rows, assemble, config=config.order, seed=seed)
+    parts = sharding.parts(mesh)
+    source = GlobalBatches(rows, assemble, config=config.order, seed=seed, parts=parts)
     optimiser = make_optimiser(config.optim, steps=len(source))
     graphdef, state, shardings = create(task.build, optimiser, mesh, seed, fsdp=config.fsdp)
     rest = with_pretrained(state.rest, pretrained or {}, shardings.rest)

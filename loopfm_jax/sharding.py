@@ -14,6 +14,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from loopfm_jax.errors import UserError, check_limits
+from loopfm_jax.packing import Parts
 
 ALL = ("data", "model")
 """The axes of every mesh."""
@@ -71,6 +72,11 @@ def devices() -> int:
     """How many the step that is being traced runs on; 1 if nobody said so
     (`jax.sharding.use_abstract_mesh`)."""
     return math.prod(jax.sharding.get_abstract_mesh().shape.values())
+
+
+def parts(mesh: Mesh) -> Parts:
+    """How batches are laid out on a mesh."""
+    return Parts(mesh.shape["data"], tuple(range(mesh.shape["data"])))
 
 
 def split(mesh: Mesh, *axes: str | None) -> NamedSharding:

@@ -197,17 +197,19 @@ class Embedder(nnx.Module):
 
     def __call__(self, batch: Mapping[str, Any]) -> Embedded:
         """batch: `ids_BF`, `floats_BN`, and by group of sequences (`Schema.groups`) `events`:
-        `ids_TG` int32, newest first, and `length_B`, how many of the slots are whose."""
+        `ids_PSG` int32, newest first, and `length_B`, how many of the slots are whose."""
         schema = self.schema
         ids = {f.name: batch["ids_BF"][:, i] for i, f in enumerate(schema.categorical)}
         tokens = {}
         for group, names in schema.groups.items():
             found = batch["events"][group]
+            parts, each, width = found["ids_PSG"].shape
             slots = lay_out(
-                found["length_B"], slots=len(found["ids_TG"]), longest=schema[group].length
+                found["length_B"], slots=parts * each, longest=schema[group].length, parts=parts
             )
+            ids_TG = found["ids_PSG"].reshape(-1, width)
             for i, name in enumerate(names):
-                ids[name] = found["ids_TG"][:, i]
+                ids[name] = ids_TG[:, i]
                 tokens[name] = replace(slots, real_T=slots.real_T & (ids[name] > 0))
         frozen = [f for f in schema.fields if f.frozen_width]
         embedded = {f.name: self._frozen(f, ids[f.name]) for f in frozen}
@@ -234,7 +236,10 @@ def _side_by_side(rows_XGE: jax.Array) -> list[jax.Array]:
 def blank(schema: Schema) -> dict[str, Any]:
     """A batch of one example of nothing but padding, for who asks for shapes."""
     events = {
-        group: {"ids_TG": np.zeros((1, len(names)), np.int32), "length_B": np.zeros(1, np.int32)}
+        group: {
+            "ids_PSG": np.zeros((1, 1, len(names)), np.int32),
+            "length_B": np.zeros(1, np.int32),
+        }
         for group, names in schema.groups.items()
     }
     return {

@@ -122,7 +122,7 @@ def test_a_mixed_epoch_has_every_row_once(small_blocks, count, kept, start, batc
     chosen[0] = True
     rows = start + np.flatnonzero(chosen)
     config = OrderConfig(order="mixed", epochs=2, batch=batch)
-    source = GlobalBatches(rows, lambda r: {"row_B": r}, config=config, seed=seed)
+    source = GlobalBatches(rows, lambda r, _: {"row_B": r}, config=config, seed=seed)
     items = [source[i] for i in range(len(source))]
     seen = np.concatenate([b["row_B"][b["weight_B"] > 0] for b in items])
     for epoch in seen.reshape(2, len(rows)):
@@ -229,7 +229,7 @@ def test_groups_name_the_block_of_every_row():
 
 def test_prepared_ahead_is_a_window_where_rows_are_mixed(small_blocks):
     def ahead(**config) -> int:
-        source = GlobalBatches(np.arange(9), lambda r: {}, config=OrderConfig(**config))
+        source = GlobalBatches(np.arange(9), lambda r, _: {}, config=OrderConfig(**config))
         return source.ahead
 
     assert ahead(batch=8) == ahead(batch=8, order="shuffled") == 2

@@ -85,7 +85,7 @@ def test_a_batch_brings_what_its_tokens_read(flow):
     on_device = open_as(flow, "device").past(make_mesh(MeshConfig())).entries
     rows = examples.inputs.rows("test")[-50:]
     for key, brought in examples.batch(rows)["slices"].items():
-        entries, slots = brought["entries"], len(brought["slot_T"])
+        entries, slots = brought["entries"], brought["slot_PS"].size
         end_B, length_B = jnp.asarray(brought["end_B"]), jnp.asarray(brought["length_B"])
         tokens = pack(end_B, length_B, slots=slots, longest=entries.longest)
         assert entries.gathered and 0 < length_B.sum() < slots
@@ -93,16 +93,16 @@ def test_a_batch_brings_what_its_tokens_read(flow):
         assert entries.codes["hidden_0"].dtype == np.uint8  # still packed
         for name in ("ids_SF", "seconds", "outcome"):
             own, whole = getattr(entries, name), getattr(stored, name)
-            assert len(own) == slots and own.dtype == whole.dtype
+            assert own.shape[:2] == (1, slots) and own.dtype == whole.dtype
             real = np.asarray(tokens.real_T)
-            np.testing.assert_array_equal(own[real], np.asarray(whole[tokens.row_T])[real])
+            np.testing.assert_array_equal(own[0][real], np.asarray(whole[tokens.row_T])[real])
         assert entries.soft is None and stored.soft is None
 
 
 def test_nothing_is_brought_that_waits_on_the_device(flow):
     examples = open_as(flow, "device")
     found = examples.batch(examples.inputs.rows("test")[:8])["slices"]
-    assert all(set(one) == {"end_B", "length_B", "slot_T"} for one in found.values())
+    assert all(set(one) == {"end_B", "length_B", "slot_PS"} for one in found.values())
 
 
 def test_auto_by_the_memory_of_the_device(flow, monkeypatch):

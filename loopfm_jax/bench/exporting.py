@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from loopfm_jax import memory
+from loopfm_jax import memory, sharding
 from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.bench import data
 from loopfm_jax.bench.model import from_json
@@ -70,8 +70,9 @@ class Forward:
         graphdef, self._state = nnx.split(exporter.model)
         self._constants, size = exporter.constants, exporter.batch
         self.facts: dict[str, Any] = {"batch": size}
+        parts = sharding.parts(exporter.mesh)
         self._batches = [
-            put(exporter.lessons.batch(rows[low : low + size]), exporter.mesh)
+            put(exporter.lessons.batch(rows[low : low + size], parts), exporter.mesh)
             for low in range(0, len(rows), size)
         ]
         self._rows = len(rows)

@@ -33,6 +33,7 @@ from loopfm_jax.fm.teacher import FMConfig, Teacher, loss
 from loopfm_jax.fm.train import sample
 from loopfm_jax.history.codes import Codec
 from loopfm_jax.history.reader import Past
+from loopfm_jax.packing import Parts
 
 RIDGE = 1e-3
 ORDER: Order = "shuffled"
@@ -105,9 +106,10 @@ def _learn(
     held = config.refresh == "anchored"
     weight, anchors = (config.anchor, _codes(first, rows)) if held else (0.0, {})
 
-    def assemble(batch_rows: np.ndarray) -> dict[str, Any]:
-        at = np.searchsorted(rows, batch_rows)
-        return lessons.batch(batch_rows) | {"anchor": {t: z[at] for t, z in anchors.items()}}
+    def assemble(batch_rows: np.ndarray, parts: Parts) -> dict[str, Any]:
+        at = np.searchsorted(rows, parts.mine(batch_rows))
+        batch = lessons.batch(batch_rows, parts)
+        return batch | {"anchor": {tap: z[at] for tap, z in anchors.items()}}
 
     trained = loop.train(
         loop.Trainable(

@@ -27,6 +27,7 @@ from loopfm_jax.history.store import (
     swapped,
 )
 from loopfm_jax.inputs import Inputs, open_inputs
+from loopfm_jax.packing import WHOLE, Parts
 from loopfm_jax.vm.methods import Method
 from loopfm_jax.vm.student import Student, VMConfig, now_taps
 
@@ -41,18 +42,18 @@ class Examples:
     exported: Exported | None
     join: Join | None
 
-    def batch(self, rows: np.ndarray) -> dict[str, Any]:
+    def batch(self, rows: np.ndarray, parts: Parts = WHOLE) -> dict[str, Any]:
         """Features, and for the open channels `teacher_B`, `codes` [B, columns] by tap, and what
         `history.join.Join.batch` brings."""
-        batch: dict[str, Any] = dict(self.inputs.batch(rows))
+        batch: dict[str, Any] = dict(self.inputs.batch(rows, parts))
         if self.exported is not None:
-            example = rows - self.exported.facts["first"]
+            example = parts.mine(rows) - self.exported.facts["first"]
             if {"kd", "adapter"} & set(self.method.heads):
                 batch["teacher_B"] = self.exported.soft[example]
             taps = set(now_taps(self.method, self.reading).values())
             if taps:
                 batch["codes"] = {tap: self.exported.codes[tap][example] for tap in sorted(taps)}
-        return batch | (self.join.batch(rows) if self.join else {})
+        return batch | (self.join.batch(rows, parts) if self.join else {})
 
     def past(self, mesh: Mesh) -> Past:
         """What waits on the device."""
