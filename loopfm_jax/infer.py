@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -14,26 +14,42 @@ from loopfm_jax.data.batches import Assemble, GlobalBatches, OrderConfig, iterat
 from loopfm_jax.loop import put
 from loopfm_jax.progress import track
 
+Written = Literal["everywhere", "once"]
+
+
+class Writer(Protocol):
+    """Takes rows of a result: an array, or a file of rows."""
+
+    def __setitem__(self, rows: Any, values: np.ndarray, /) -> None: ...
+
 
 def run(
     model: nnx.Module,
     step: Callable[[Any, dict[str, jax.Array], Any], dict[str, jax.Array]],
     rows: np.ndarray,
     assemble: Assemble,
-    writers: Mapping[str, np.ndarray],
+    writers: Mapping[str, Writer],
     *,
     batch: int,
     mesh: Mesh,
     constants: Any = (),
     title: str,
+    written: Written = "everywhere",
 ) -> float:
     """Fills `writers[name][i]` with `step(...)[name]` for every row; returns examples/s.
 
     One step is always in flight while the host writes the one before. The rate leaves out the
     first batch, which compiles.
+
+    Args:
+      written: by every process, whose arrays are its own; or every row by that one process that
+        has it, into files that all share.
     """
     graphdef, state = nnx.split(model)
-    jitted = jax.jit(lambda s, b, c: step(nnx.merge(graphdef, s), b, c))
+    jitted = jax.jit(
+        lambda s, b, c: step(nnx.merge(graphdef, s), b, c),
+        out_shardings=sharding.split(mesh, "examples" if written == "once" else None),
+    )
     per_device = mesh.shape["data"]
     config = OrderConfig(batch=max(per_device, batch // per_device * per_device))
     source = GlobalBatches(rows, assemble, config=config, parts=sharding.parts(mesh))
@@ -43,8 +59,11 @@ def run(
     def write() -> int:
         start, values = waiting.pop(0)
         stop = min(start + config.batch, len(rows))
-        for name, value in jax.device_get(values).items():
-            writers[name][start:stop] = value[: stop - start]
+        for name, shards in jax.device_get({n: _own(value) for n, value in values.items()}).items():
+            for offset, own in shards.items():
+                low = min(start + offset, stop)
+                high = min(low + len(own), stop)
+                writers[name][low:high] = own[: high - low]
         return stop - start
 
     with track(title, total=len(rows), unit="examples") as advance:
@@ -57,3 +76,8 @@ def run(
         while waiting:
             done += write()
     return done / (time.monotonic() - started) if len(source) > 1 else float("nan")
+
+
+def _own(value: jax.Array) -> dict[int, jax.Array]:
+    """What this process has of a result: first row -> those rows, each once."""
+    return {shard.index[0].start or 0: shard.data for shard in value.addressable_shards}

@@ -39,24 +39,32 @@ class Inputs:
           rows: of the whole batch.
           parts: how it is laid out, and what of it is wanted.
         """
-        log, rows = self.log.near(rows)
+        slots = {
+            group: budget(
+                self.log.lengths(names, rows),
+                longest=self.schema[group].length,
+                parts=parts.count,
+            )
+            for group, names in self.schema.groups.items()
+        }
+        log, rows = self.log.near(parts.mine(rows))
         floats = log.columns.get("floats")
         return {
             "ids_BF": log["ids"][rows],
             "floats_BN": np.zeros((len(rows), 0), np.float32) if floats is None else floats[rows],
             "label_B": log["label"][rows].astype(np.float32),
             "events": {
-                group: _budgeted(log.events(names, rows), self.schema[group].length, parts)
+                group: _filled(log.events(names, rows), slots[group], parts)
                 for group, names in self.schema.groups.items()
             },
         }
 
 
-def _budgeted(events: Events, longest: int, parts: Parts) -> Batch:
+def _filled(events: Events, slots: int, parts: Parts) -> Batch:
     ids_PSG = parts.deal(
         lambda tokens, out: np.copyto(out, events.ids_TG[tokens]),
         events.length_B,
-        slots=budget(events.length_B, longest=longest, parts=parts.count),
+        slots=slots,
         shape=events.ids_TG.shape[1:],
         dtype=np.int32,
     )

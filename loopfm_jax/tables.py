@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 
-from loopfm_jax import exchange
+from loopfm_jax import exchange, sharding
 from loopfm_jax.data.schema import Field, Schema
 from loopfm_jax.errors import check_limits
 from loopfm_jax.packing import Tokens, lay_out
@@ -48,7 +48,7 @@ def with_pretrained(rest: Any, tables: Mapping[str, np.ndarray], shardings: Any)
         *_, parent, name = ("", "", *(str(getattr(k, "key", k)) for k in path))
         if parent != "frozen" or name not in tables:
             return leaf
-        return jax.device_put(np.asarray(tables[name], leaf.dtype), where)
+        return sharding.place(np.asarray(tables[name], leaf.dtype), where)
 
     return jax.tree.map_with_path(fill, rest, shardings)
 

@@ -57,6 +57,8 @@ class Export:
             with TemporaryDirectory() as folder:
                 writers = open_writers(Path(folder), len(rows), exporter.codecs)
                 exporter.run(rows, writers, title="export")
+                for writer in writers.values():
+                    writer.close()
 
         return timed(step, lambda: None, seconds=seconds, steps=steps, examples=len(rows))
 

@@ -48,7 +48,8 @@ class Join:
         """
         known = rows >= self.first
         example = np.where(known, rows - self.first, 0)
-        seconds = (self.inputs.log["time"][rows] - self.histories.start_ms) // 1000
+        time_B = self.inputs.log["time"][parts.mine(rows)]
+        seconds = (time_B - self.histories.start_ms) // 1000
         return {
             "slices": {
                 key: self._slices(self.histories.stores[key], example, known, parts)
@@ -62,7 +63,8 @@ class Join:
     ) -> dict[str, Any]:
         length_B = np.where(known, store.length[example], 0).astype(np.int32)
         slots = budget(length_B, longest=self.histories.longest, parts=parts.count)
-        end_B = store.end[example].astype(np.int32)
+        length_B = parts.mine(length_B)
+        end_B = store.end[parts.mine(example)].astype(np.int32)
         slot_PS = np.zeros((len(parts.own), slots // parts.count), np.uint8)
         found = {"end_B": end_B, "length_B": length_B, "slot_PS": slot_PS}
         if self.on_device:
@@ -96,9 +98,7 @@ class Join:
         """What the step reads besides batches: the stores that wait on the devices."""
         stores = {key: self.histories.stores[key] for key in self.reading.keys}
         entries = {k: self._entries(s, np.asarray) for k, s in stores.items() if self.on_device}
-        return jax.device_put(
-            Past(entries, dict(self.reading.codecs)), sharding.split(mesh, "entries")
-        )
+        return sharding.everywhere(mesh, Past(entries, dict(self.reading.codecs)))
 
     def _entries(self, store: Store, pick: Callable[[np.ndarray], np.ndarray]) -> Entries:
         """`pick` of every column that is read."""

@@ -19,6 +19,7 @@ from loopfm_jax.history.encoders import TIMED
 from loopfm_jax.history.join import Join
 from loopfm_jax.history.keys import key_values
 from loopfm_jax.history.reader import Past, Reading, raw_fields
+from loopfm_jax.history.rowfile import RowFile
 from loopfm_jax.history.store import (
     Exported,
     Residency,
@@ -59,7 +60,7 @@ class Examples:
         """What waits on the device."""
         if self.join is not None:
             return self.join.past(mesh)
-        return jax.device_put(Past({}, dict(self.reading.codecs)), sharding.split(mesh, "entries"))
+        return sharding.everywhere(mesh, Past({}, dict(self.reading.codecs)))
 
 
 @dataclass(frozen=True)
@@ -176,12 +177,7 @@ def train_vm(
         title=title,
     )
     judged = examples.inputs.rows(holdout)
-    prediction = np.lib.format.open_memmap(
-        directory / "prediction.npy",
-        mode="w+",
-        dtype=np.float32,
-        shape=(len(judged),),
-    )
+    prediction = RowFile(directory / "prediction.npy", shape=(len(judged),), dtype=np.float32)
     infer.run(
         trained.model,
         _predict,
@@ -192,8 +188,9 @@ def train_vm(
         mesh=mesh,
         constants=past,
         title=f"{title} {holdout}",
+        written="once",
     )
-    prediction.flush()
+    prediction.close()
     checkpoint.save_model(trained.model, directory)
     checkpoint.discard(directory)
     return {
