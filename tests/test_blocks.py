@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import chex
 import grain
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,6 +21,7 @@ from loopfm_jax.data.synthetic import Synthetic
 from loopfm_jax.errors import UserError
 from loopfm_jax.flow import Flow
 from loopfm_jax.inputs import Inputs, open_inputs
+from loopfm_jax.packing import Parts
 
 ROWS = 64
 """Of a block here."""
@@ -107,6 +109,28 @@ def test_a_pass_decodes_every_block_once(folder, monkeypatch):
             assert seen != sorted(seen)
         assert sorted(seen) == list(range(-(-len(rows) // ROWS)))
         opened = replace(opened, log=replace(opened.log))  # nothing decoded is left
+
+
+@pytest.mark.parametrize("order", ["time", "mixed"])
+def test_processes_make_parts_of_the_same_batches_and_read_their_blocks(folder, order, monkeypatch):
+    """Of two; a batch is of four blocks, so that each process has two of them."""
+    whole, read = both(folder)
+    rows, config = whole.rows("fm"), OrderConfig(order=order, batch=4 * ROWS)
+    source = GlobalBatches(rows, whole.batch, config=config, parts=Parts(2, (0, 1)))
+    halves, asked = [], []
+    for own in (0, 1):
+        opened = replace(read, log=replace(read.log))  # nothing decoded is left
+        blocks, numbers = opened.log.blocks, []
+        one = lambda n, read=blocks.read, numbers=numbers: numbers.append(n) or read(n)  # noqa: E731
+        opened = replace(opened, log=replace(opened.log, blocks=replace(blocks, read=one)))
+        halves.append(GlobalBatches(rows, opened.batch, config=config, parts=Parts(2, (own,))))
+        asked.append(numbers)
+    for n in range(len(source)):
+        both_halves = jax.tree.map(lambda *x: np.concatenate(x), *(half[n] for half in halves))
+        chex.assert_trees_all_equal(both_halves, source[n])
+    number = -(-len(rows) // ROWS)
+    assert sorted({*asked[0], *asked[1]}) == list(range(number))
+    assert max(map(len, asked)) < 0.8 * number
 
 
 @settings(max_examples=60, deadline=None)

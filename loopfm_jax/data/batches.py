@@ -120,13 +120,14 @@ class Mixture:
         self._window = lru_cache(maxsize=2)(self._window_rows)
 
     def part(self, epoch: int, low: int, high: int) -> np.ndarray:
-        """Rows `low` to `high` (or the last one) of an epoch."""
+        """Rows `low` to `high` (or the last one) of an epoch, in the order of time: the parts of a
+        batch then come from different blocks, and a process reads those of its own."""
         _, ends = self._epoch(epoch)
         first = int(np.searchsorted(ends, low, side="right"))
         last = int(np.searchsorted(ends, min(high, len(self._rows)), side="left"))
         found = np.concatenate([self._window(epoch, w) for w in range(first, last + 1)])
         start = ends[first - 1] if first else 0
-        return found[low - start : high - start]
+        return np.sort(found[low - start : high - start])
 
     def _windows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Blocks in the epoch's order, and how many rows there are up to each window's end."""
