@@ -53,7 +53,7 @@ def choose(flow: Flow) -> Report:
         del directory
         return _choose(replace(flow, config=replace(flow.config, holdout="validation")), candidates)
 
-    return flow.make(stage, work)
+    return flow.make(stage, work, together=True)
 
 
 def _choose(flow: Flow, candidates: list[tuple[str, float]]) -> Report:

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
-from loopfm_jax import sharding
+from loopfm_jax import processes, sharding
 from loopfm_jax.tables import Frozen, with_pretrained
 
 CHECKPOINTS = "checkpoints"
@@ -52,7 +52,7 @@ class Saver:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                data=grain.checkpoint.CheckpointSave(batches),
+                data=ocp.args.JsonSave(batches.get_state()),  # one, however many processes
                 curve=ocp.args.JsonSave(curve),
             ),
         )
@@ -65,16 +65,17 @@ class Saver:
             return state, None
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)),
-            data=grain.checkpoint.CheckpointRestore(batches),
+            data=ocp.args.JsonRestore(),
             curve=ocp.args.JsonRestore(),
         )
         restored = manager.restore(manager.latest_step(), args=args)
+        batches.set_state(restored["data"])
         return restored["state"], restored["curve"]
 
 
 def discard(directory: Path) -> None:
     """Removes the checkpoints under a folder: what they led to is written."""
-    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+    processes.first(lambda: shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True))
 
 
 def save_model(model: nnx.Module, directory: Path) -> None:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import tyro
 
-from loopfm_jax import __version__, report, results, stages
+from loopfm_jax import __version__, processes, report, results, stages
 from loopfm_jax.aot import make as compiling
 from loopfm_jax.auto import resolve
 from loopfm_jax.bench.make import bench
@@ -41,7 +41,8 @@ def prepare(flow: Flow) -> dict[str, Any]:
     dropped = facts["rows"]["duplicates_dropped"]
     if dropped:
         say(f"prepare: dropped {dropped:,} exact duplicate rows")
-    say(f"input: {_input_rate(flow) / 1e6:.1f} M rows/s into host batches")
+    rate = processes.first(lambda: _input_rate(flow))
+    say(f"input: {rate / 1e6:.1f} M rows/s into host batches")
     return facts
 
 
@@ -84,18 +85,26 @@ def train_vm(flow: Flow) -> dict[str, Any]:
 
 def evaluate(flow: Flow) -> dict[str, Any]:
     """metrics of the trained methods on the test window, and the report"""
-    for folder in (flow.data, flow.teacher, flow.exported, flow.history):
-        stages.verify(folder)
-    found = results.collect(flow, command=_command())
-    folder = flow.judged(flow.root)
-    report.write(found, folder)
-    print(report.table(found), file=sys.stderr)
-    say(f"report: {(folder / 'report.html').resolve()}")
-    return results.headline(found)
+
+    def judge() -> dict[str, Any]:
+        for folder in (flow.data, flow.teacher, flow.exported, flow.history):
+            stages.verify(folder)
+        found = results.collect(flow, command=_command())
+        folder = flow.judged(flow.root)
+        report.write(found, folder)
+        print(report.table(found), file=sys.stderr)
+        say(f"report: {(folder / 'report.html').resolve()}")
+        return results.headline(found)
+
+    return processes.first(judge)
 
 
 def render(flow: Flow) -> dict[str, Any]:
     """report.md and report.html again, from report.json"""
+    return processes.first(lambda: _render(flow))
+
+
+def _render(flow: Flow) -> dict[str, Any]:
     path = flow.judged(flow.root) / "report.json"
     if not path.exists():
         raise UserError(f"{path} is missing: run `loopfm evaluate` first")
@@ -157,6 +166,8 @@ COMMANDS: dict[str, Callable[[Flow], dict[str, Any]]] = {
     "scale": scale,
     "compile": compile,
 }
+SINGLE = ("study", "analyse", "scale", "compile")
+"""Commands of one process."""
 ALONE: dict[str, Callable[[Sequence[str]], dict[str, Any]]] = {"bench": bench}
 """Commands without a configuration: options -> result."""
 
@@ -165,11 +176,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit status 2 on a user's mistake, with one message and no traceback."""
     try:
         found = _dispatch(list(sys.argv[1:] if argv is None else argv))
-        print(json.dumps(_strict(found), allow_nan=False))
+        processes.end()
+        if processes.leads():
+            print(json.dumps(_strict(found), allow_nan=False))
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to go on", status=130)
+    except Exception as error:
+        if processes.many():
+            traceback.print_exc()
+            _fail(f"{type(error).__name__}: {error}", status=1)
+        raise
 
 
 def _dispatch(argv: list[str]) -> dict[str, Any]:
@@ -191,10 +209,14 @@ def _dispatch(argv: list[str]) -> dict[str, Any]:
         raise UserError(f"which configuration? loopfm {command} configs/synthetic.py [options]")
     config = parse(Path(rest[0]), rest[1:], command=command)
     _quiet()
+    processes.start(config.processes)
+    if processes.many() and command in SINGLE:
+        raise UserError(f"{command} runs in one process: leave --processes out")
     try:
         config.workdir.mkdir(parents=True, exist_ok=True)
         result = COMMANDS[command](Flow(config))
-        (config.workdir / "config.json").write_text(json.dumps(as_json(config), indent=1))
+        if processes.leads():
+            (config.workdir / "config.json").write_text(json.dumps(as_json(config), indent=1))
         return result
     except Exception as error:
         message = None if isinstance(error, UserError) else disk_message(error, config.workdir)
@@ -264,6 +286,7 @@ def _usage() -> str:
 
 def _fail(message: str, *, status: int = 2) -> None:
     print(f"loopfm: {message}", file=sys.stderr)
+    processes.fail(message, status=status)
     sys.exit(status)
 
 

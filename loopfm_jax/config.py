@@ -18,6 +18,7 @@ from loopfm_jax.errors import UserError, check_limits
 from loopfm_jax.fm.exporter import ExportConfig
 from loopfm_jax.fm.teacher import FMConfig
 from loopfm_jax.history.store import HistoryConfig
+from loopfm_jax.processes import ProcessesConfig
 from loopfm_jax.scale.config import ScaleConfig
 from loopfm_jax.sharding import MeshConfig
 from loopfm_jax.study.config import StudyConfig
@@ -60,6 +61,7 @@ class Config:
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     compile: CompileConfig = field(default_factory=CompileConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    processes: ProcessesConfig = field(default_factory=ProcessesConfig)
     log_residency: LogResidency = "auto"
     """Where the prepared log waits for training and inference: whole in `memory`, or in its
     `blocks` on disk, of which some dozens are decoded at a time. `auto`: in memory while it takes a

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from loopfm_jax import stages
+from loopfm_jax import processes, stages
 from loopfm_jax.config import Config, as_json
 from loopfm_jax.data.log import load
 from loopfm_jax.data.prepare import prepare
@@ -178,7 +178,8 @@ class Flow:
                 directory=directory,
             )
 
-        return self.make(replace(self._prepare, sources=source.fingerprint()), work)
+        sources = processes.first(source.fingerprint)
+        return self.make(replace(self._prepare, sources=sources), work)
 
     def train_fm(self) -> Report:
         stage = self._train_fm
@@ -197,7 +198,7 @@ class Flow:
                 log_residency=self.config.log_residency,
             )
 
-        return self.make(stage, work)
+        return self.make(stage, work, together=True)
 
     def export(self) -> Report:
         def work(directory: Path) -> Report:
@@ -214,7 +215,7 @@ class Flow:
                 log_residency=self.config.log_residency,
             )
 
-        return self.make(self._export, work)
+        return self.make(self._export, work, together=True)
 
     def structure(self) -> Report:
         config = self.config.history
@@ -284,13 +285,15 @@ class Flow:
                 title=f"train-vm {method} seed {seed}",
             )
 
-        return self.make(self._train_vm(method, seed, histories), work)
+        return self.make(self._train_vm(method, seed, histories), work, together=True)
 
-    def make(self, stage: Stage, work: Callable[[Path], Report]) -> Report:
+    def make(
+        self, stage: Stage, work: Callable[[Path], Report], *, together: bool = False
+    ) -> Report:
         """The manifest of a stage, which is made unless it is up to date."""
         force = self.config.force and stage.directory not in self.redone
         self.redone.add(stage.directory)
-        manifest, done = stages.run(stage, work, force=force)
+        manifest, done = stages.run(stage, work, force=force, together=together)
         name = stage.directory.relative_to(self.root)
         seconds = manifest["measured"]["seconds"]
         if done or not self.shared:

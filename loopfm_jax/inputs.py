@@ -14,7 +14,7 @@ from loopfm_jax.data.log import Events, Log, LogResidency, load
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.errors import UserError
 from loopfm_jax.history.slices import SliceConfig, slices
-from loopfm_jax.packing import budget
+from loopfm_jax.packing import WHOLE, Parts, budget
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,24 @@ class Inputs:
     def rows(self, *splits: str) -> np.ndarray:
         return np.concatenate([np.r_[self.splits[s]] for s in splits])
 
-    def batch(self, rows: np.ndarray) -> Batch:
+    def batch(self, rows: np.ndarray, parts: Parts = WHOLE) -> Batch:
         """`ids_BF`, `floats_BN`, `label_B` of the given row numbers, and `events` by group of
-        sequences: `ids_TG`, filled up to a token budget, `length_B`, and where the model looks at
-        it and it is known `age_T`, seconds since the event."""
+        sequences: `ids_PSG`, filled up to a token budget, `length_B`, and where the model looks at
+        it and it is known `age_PS`, seconds since the event.
+
+        Args:
+          rows: of the whole batch.
+          parts: how it is laid out, and what of it is wanted.
+        """
+        slots = {
+            group: budget(
+                self.log.lengths(names, rows),
+                longest=self.schema[group].length,
+                parts=parts.count,
+            )
+            for group, names in self.schema.groups.items()
+        }
+        rows = parts.mine(rows)
         asked_ms = self.log["time"][rows]
         log, rows = self.log.near(rows)
         floats = log.columns.get("floats")
@@ -46,21 +60,27 @@ class Inputs:
             "floats_BN": np.zeros((len(rows), 0), np.float32) if floats is None else floats[rows],
             "label_B": log["label"][rows].astype(np.float32),
             "events": {
-                group: self._budgeted(group, log.events(names, rows), asked_ms)
+                group: self._filled(group, log.events(names, rows), slots[group], asked_ms, parts)
                 for group, names in self.schema.groups.items()
             },
         }
 
-    def _budgeted(self, group: str, events: Events, asked_ms: np.ndarray) -> Batch:
-        field = self.schema[group]
-        slots = budget(events.length_B, longest=field.length)
-        ids_TG = np.zeros((slots, events.ids_TG.shape[1]), np.int32)
-        ids_TG[: len(events.ids_TG)] = events.ids_TG
-        found = {"ids_TG": ids_TG, "length_B": events.length_B}
-        if self.past_ms is not None and field.from_log:
+    def _filled(
+        self, group: str, events: Events, slots: int, asked_ms: np.ndarray, parts: Parts
+    ) -> Batch:
+        def deal(per_token: np.ndarray) -> np.ndarray:
+            return parts.deal(
+                lambda tokens, out: np.copyto(out, per_token[tokens]),
+                events.length_B,
+                slots=slots,
+                shape=per_token.shape[1:],
+                dtype=per_token.dtype,
+            )
+
+        found = {"ids_PSG": deal(events.ids_TG), "length_B": events.length_B}
+        if self.past_ms is not None and self.schema[group].from_log:
             age_ms = np.repeat(asked_ms, events.length_B) - self.past_ms[events.index_T]
-            found["age_T"] = np.zeros(slots, np.float32)
-            found["age_T"][: len(age_ms)] = age_ms / 1000
+            found["age_PS"] = deal((age_ms / 1000).astype(np.float32))
         return found
 
 

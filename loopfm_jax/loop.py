@@ -101,7 +101,8 @@ def train(
     """
     _check_batch(config.order.batch, mesh)
     memory.keep_freed()  # here and not earlier: preparing a log should give its memory back
-    source = GlobalBatches(rows, assemble, config=config.order, seed=seed)
+    parts = sharding.parts(mesh)
+    source = GlobalBatches(rows, assemble, config=config.order, seed=seed, parts=parts)
     optimiser = make_optimiser(config.optim, steps=len(source))
     graphdef, state, shardings = create(task.build, optimiser, mesh, seed, fsdp=config.fsdp)
     rest = with_pretrained(state.rest, pretrained or {}, shardings.rest)
@@ -205,13 +206,15 @@ def gather_kernels(model: nnx.Module, shardings: Any) -> None:
 
 
 def put(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
-    """A host batch on the devices, split over `data` by its first axis.
+    """A host batch on the devices, split over `data` by its first axis; of several processes, each
+    brings its own parts.
 
     Raises:
       UserError: a size that the mesh does not divide.
     """
     try:
-        return jax.device_put(batch, sharding.split(mesh, "examples"))
+        with jax.transfer_guard("allow"):  # one that is asked for, though JAX does not know it
+            return jax.make_array_from_process_local_data(sharding.split(mesh, "examples"), batch)
     except ValueError:
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
             name = "batch" + jax.tree_util.keystr(path)

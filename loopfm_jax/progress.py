@@ -5,23 +5,25 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from loopfm_jax import processes
 
 LINE_EVERY_S = 10.0
 console = Console(stderr=True, highlight=False)
 
 
 def say(message: str) -> None:
-    """One line for people."""
-    console.print(message, markup=False, soft_wrap=True)
+    """One line for people, from process 0 only."""
+    if processes.leads():
+        console.print(message, markup=False, soft_wrap=True)
 
 
 @contextmanager
 def track(title: str, *, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Yields `advance(n)`; shows rate and remaining time."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and processes.leads():
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -42,7 +44,7 @@ def track(title: str, *, total: int, unit: str) -> Iterator[Callable[[int], None
 
 
 class _Lines:
-    """A plain line now and then, from process 0 only."""
+    """A plain line now and then."""
 
     def __init__(self, title: str, total: int, unit: str):
         self._title, self._total, self._unit = title, total, unit
@@ -52,7 +54,7 @@ class _Lines:
     def advance(self, n: int) -> None:
         self._done += n
         now = time.monotonic()
-        if now < self._next or jax.process_index() != 0:
+        if now < self._next:
             return
         self._next = now + LINE_EVERY_S
         rate = self._done / (now - self._started)

@@ -131,8 +131,10 @@ class Learned(NamedTuple):
 class Change(Protocol):
     """Merged gradients of a table's rows."""
 
-    square: jax.Array
-    """Their sum of squares."""
+    @property
+    def square(self) -> jax.Array:
+        """Their sum of squares."""
+        ...
 
     def learn(self, rule: Rule, state: Any, scale: jax.Array, count: jax.Array) -> Learned:
         """After step `count`, by `scale` times the gradient."""

@@ -144,18 +144,19 @@ def fill(
     for kind, name, longest in parts:
         slots = room(examples, longest, share)
         filled[kind][name] = {
-            column: _grow(values, examples if column.endswith("_B") else slots)
+            column: _grow(values, examples) if column.endswith("_B") else _grow(values, 1, slots)
             for column, values in batch[kind][name].items()
         }
     return filled
 
 
-def _grow(part: Any, size: int) -> Any:
-    """Arrays cut or padded with zeros to `size` rows; what is cut are slots of no token."""
+def _grow(part: Any, *sizes: int) -> Any:
+    """Arrays cut or padded with zeros to these first sizes; what is cut are slots of no token."""
 
     def grow(values: np.ndarray) -> np.ndarray:
-        grown = np.zeros((size, *values.shape[1:]), values.dtype)
-        grown[: len(values)] = values[:size]
+        grown = np.zeros((*sizes, *values.shape[len(sizes) :]), values.dtype)
+        both = tuple(slice(min(pair)) for pair in zip(sizes, values.shape, strict=False))
+        grown[both] = values[both]
         return grown
 
     return jax.tree.map(grow, part)

@@ -9,12 +9,16 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from loopfm_jax import processes
 from loopfm_jax.errors import UserError, check_limits
+from loopfm_jax.packing import Parts
 
 ALL = ("data", "model")
 """The axes of every mesh."""
@@ -56,13 +60,24 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """Raises UserError when the devices that are there do not fill the mesh."""
+    """Raises UserError when the devices that are there do not fill the mesh, or when processes
+    would have no part in it."""
+    if processes.alone():
+        raise UserError(
+            "something is left to train, which all processes do together: run `loopfm train-vm` "
+            "with them first"
+        )
     devices = jax.devices()
     wanted = config.data * config.model
     if wanted > len(devices):
         raise UserError(
             f"mesh data={config.data} x model={config.model} needs {wanted} devices, but there are "
             f"{len(devices)} ({devices[0].platform}): lower --mesh.data or --mesh.model"
+        )
+    if processes.many() and wanted < len(devices):
+        raise UserError(
+            f"mesh data={config.data} x model={config.model} has {wanted} of {len(devices)} "
+            f"devices, but all devices of all processes work together: raise --mesh.data"
         )
     return mesh_of(config, devices[:wanted])
 
@@ -83,6 +98,23 @@ def platform() -> str:
     """Of the devices that the step which is being traced runs on, which need not be here."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()
+
+
+def parts(mesh: Mesh) -> Parts:
+    """How batches are laid out on a mesh; own are the parts on devices of this process."""
+    here = jax.process_index()
+    local = [any(d.process_index == here for d in row.flat) for row in mesh.devices]
+    return Parts(len(local), tuple(np.flatnonzero(local).tolist()))
+
+
+def everywhere(mesh: Mesh, tree: Any) -> Any:
+    """Arrays of the host, the same in every process, whole on every device."""
+    return jax.tree.map(partial(place, where=split(mesh)), tree)
+
+
+def place(values: Any, where: Any) -> jax.Array:
+    """An array of the host, the same and whole in every process, split over devices of all."""
+    return jax.make_array_from_process_local_data(where, values, values.shape)
 
 
 def split(mesh: Mesh, *axes: str | None) -> NamedSharding:

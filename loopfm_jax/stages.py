@@ -11,12 +11,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from loopfm_jax import processes
 from loopfm_jax.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -28,6 +30,9 @@ has a folder per command."""
 PACKAGES = ("loopfm-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "polars")
 COUNTED = ("stage", "config", "inputs", "facts", "files")
 """Parts of a manifest that are the identity of what was made: rates and versions do not count."""
+
+SHARED_S = 120
+"""After which a file that another machine has written must be seen."""
 
 Report = dict[str, Any]
 
@@ -59,14 +64,16 @@ class Stage:
 
 
 def run(
-    stage: Stage, work: Callable[[Path], Report], *, force: bool = False
+    stage: Stage, work: Callable[[Path], Report], *, force: bool = False, together: bool = False
 ) -> tuple[Report, bool]:
-    """Makes the stage unless it is up to date.
+    """Makes the stage unless it is up to date; of several processes, the first alone looks at what
+    is there and puts the result in its place.
 
     Args:
       work: fills the given folder and returns the stage's facts for the manifest; what differs
         from run to run (rates) goes under `measured`.
       force: redo it even if it is up to date or was made with another configuration.
+      together: all processes do the work, in one folder; otherwise the others wait for the first.
 
     Returns:
       The manifest, and whether work was done.
@@ -75,42 +82,80 @@ def run(
       UserError: the folder was made with another configuration or by something else, or an input
         is missing or damaged.
     """
+    manifest, identity = processes.first(lambda: _look(stage, force=force))
+    if manifest is not None:
+        return manifest, False
+    manifest = _make(stage, work, identity, together=together)
+    _see(stage.directory, manifest)
+    return manifest, True
+
+
+def _look(stage: Stage, *, force: bool) -> tuple[Report | None, Report]:
+    """The manifest of a stage that is up to date, and what it is, or is to be, made from."""
     _refuse_foreign(stage.directory)
     made_from = {name: verify(path)["content"] for name, path in stage.inputs.items()}
     made_from |= stage.sources
-    config = _as_stored(stage.config)
+    identity = {"config": _as_stored(stage.config), "inputs": made_from}
     if (stage.directory / MANIFEST).exists() and not force:
         manifest = _read(stage.directory)
-        _same_config(stage, manifest["config"], config)
+        _same_config(stage, manifest["config"], identity["config"])
         if manifest["inputs"] == made_from:
-            return manifest, False
-    return _make(stage, work, {"config": config, "inputs": made_from}), True
+            return manifest, identity
+    return None, identity
 
 
-def _make(stage: Stage, work: Callable[[Path], Report], identity: Report) -> Report:
+def _make(
+    stage: Stage, work: Callable[[Path], Report], identity: Report, *, together: bool
+) -> Report:
     """Works in the hidden folder, and removes it on failure unless there is a way to go on."""
     started = time.monotonic()
     try:
-        _open_partial(stage, identity)
-        facts = work(stage.partial)
-        measured = facts.pop("measured", {})
-        (stage.partial / MARK).unlink()
-        made = {
-            "stage": stage.command,
-            **identity,
-            "input_paths": _relative(stage.inputs, stage.directory),
-            "facts": facts,
-            "versions": {name: version(name) for name in PACKAGES},
-            "files": _fingerprints(stage.partial),
-            "measured": {"seconds": round(time.monotonic() - started, 3), **measured},
-        }
-        manifest = _sealed(made)
-        (stage.partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _replace(stage)
+        processes.first(lambda: _open_partial(stage, identity))
+        if together:
+            facts = work(stage.partial)
+            processes.wait()  # until all have written what is theirs
+        else:
+            facts = processes.first(lambda: work(stage.partial))
+        return processes.first(lambda: _finish(stage, identity, facts, started))
     except BaseException:
-        _clear(stage)
+        if processes.leads():
+            _clear(stage)
         raise
+
+
+def _finish(stage: Stage, identity: Report, facts: Report, started: float) -> Report:
+    """Writes the manifest and puts the folder in its place."""
+    measured = facts.pop("measured", {})
+    (stage.partial / MARK).unlink()
+    made = {
+        "stage": stage.command,
+        **identity,
+        "input_paths": _relative(stage.inputs, stage.directory),
+        "facts": facts,
+        "versions": {name: version(name) for name in PACKAGES},
+        "files": _fingerprints(stage.partial),
+        "measured": {"seconds": round(time.monotonic() - started, 3), **measured},
+    }
+    manifest = _sealed(made)
+    (stage.partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    _replace(stage)
     return manifest
+
+
+def _see(directory: Path, manifest: Report) -> None:
+    """Waits until what process 0 has put there is seen from here: file systems that machines share
+    take their time."""
+    until = time.monotonic() + SHARED_S
+    while not processes.leads():
+        with suppress(OSError, UserError):
+            if _manifest(directory)["seal"] == manifest["seal"]:
+                return
+        if time.monotonic() > until:
+            raise UserError(
+                f"process 0 has made {directory}, but another process does not see it after "
+                f"{SHARED_S} s: --workdir must be on a file system that all processes share"
+            )
+        time.sleep(0.1)
 
 
 def verify(directory: Path) -> Report:
@@ -181,8 +226,10 @@ def _manifest(directory: Path) -> Report:
 
 @lru_cache(maxsize=4096)
 def _checked(directory: Path, _mtime: int) -> Report:
-    """Hashes every file once per process."""
+    """Hashes every file once per process; of several, the first does it for all."""
     manifest = _manifest(directory)
+    if not processes.leads():
+        return manifest
     for name, said in manifest["files"].items():
         file = directory / name
         if not file.is_file() or sha256(file) != said["sha256"]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 
-from loopfm_jax import exchange
+from loopfm_jax import exchange, sharding
 from loopfm_jax.data.schema import Field, Schema
 from loopfm_jax.errors import check_limits
 from loopfm_jax.packing import Tokens, lay_out
@@ -46,7 +46,7 @@ def with_pretrained(rest: Any, tables: Mapping[str, np.ndarray], shardings: Any)
         *_, parent, name = ("", "", *(str(getattr(k, "key", k)) for k in path))
         if parent != "frozen" or name not in tables:
             return leaf
-        return jax.device_put(np.asarray(tables[name], leaf.dtype), where)
+        return sharding.place(np.asarray(tables[name], leaf.dtype), where)
 
     return jax.tree.map_with_path(fill, rest, shardings)
 
@@ -194,20 +194,23 @@ class Embedder(nnx.Module):
 
     def __call__(self, batch: Mapping[str, Any]) -> Embedded:
         """batch: `ids_BF`, `floats_BN`, and by group of sequences (`Schema.groups`) `events`:
-        `ids_TG` int32, newest first, `length_B`, how many of the slots are whose, and where it is
-        known `age_T`, seconds since the event."""
+        `ids_PSG` int32, newest first, `length_B`, how many of the slots are whose, and where it is
+        known `age_PS`, seconds since the event."""
         schema = self.schema
         ids = {f.name: batch["ids_BF"][:, i] for i, f in enumerate(schema.categorical)}
         tokens = {}
         for group, names in schema.groups.items():
             found = batch["events"][group]
+            parts, each, width = found["ids_PSG"].shape
             slots = lay_out(
-                found["length_B"], slots=len(found["ids_TG"]), longest=schema[group].length
+                found["length_B"], slots=parts * each, longest=schema[group].length, parts=parts
             )
+            ids_TG = found["ids_PSG"].reshape(-1, width)
+            age_T = found["age_PS"].reshape(-1) if "age_PS" in found else None
             for i, name in enumerate(names):
-                ids[name] = found["ids_TG"][:, i]
+                ids[name] = ids_TG[:, i]
                 real_T = slots.real_T & (ids[name] > 0)
-                tokens[name] = replace(slots, real_T=real_T, age_T=found.get("age_T"))
+                tokens[name] = replace(slots, real_T=real_T, age_T=age_T)
         frozen = [f for f in schema.fields if f.frozen_width]
         embedded = {f.name: self._frozen(f, ids[f.name]) for f in frozen}
         embedded |= self._trained(ids)
@@ -233,7 +236,10 @@ def _side_by_side(rows_XGE: jax.Array) -> list[jax.Array]:
 def blank(schema: Schema) -> dict[str, Any]:
     """A batch of one example of nothing but padding, for who asks for shapes."""
     events = {
-        group: {"ids_TG": np.zeros((1, len(names)), np.int32), "length_B": np.zeros(1, np.int32)}
+        group: {
+            "ids_PSG": np.zeros((1, 1, len(names)), np.int32),
+            "length_B": np.zeros(1, np.int32),
+        }
         for group, names in schema.groups.items()
     }
     return {

@@ -195,8 +195,8 @@ class World:
     def batch_of(self, examples: train.Examples):
         batch = examples.batch(self.exported)
         own = batch["slices"][OWN]
-        assert len(own["slot_T"]) >= own["length_B"].sum()
-        return batch | {"slices": {OWN: own | {"slot_T": np.zeros(SLOTS, np.uint8)}}}
+        assert own["slot_PS"].size >= own["length_B"].sum()
+        return batch | {"slices": {OWN: own | {"slot_PS": np.zeros((1, SLOTS), np.uint8)}}}
 
     def past_of(self, examples: train.Examples) -> Past:
         return examples.join.past(make_mesh(MeshConfig()))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from bench_cases import SCHEMA, backbone
 
-from loopfm_jax import loop
+from loopfm_jax import loop, sharding
 from loopfm_jax.bench import rows
 from loopfm_jax.bench.model import make_subject
 from loopfm_jax.data.batches import GlobalBatches
@@ -48,7 +48,12 @@ def steps(
     optimiser = make_optimiser(optim, steps=count)
     graphdef, state, shardings = loop.create(subject.build, optimiser, subject.mesh, 0, fsdp=fsdp)
     step = loop.make_step(subject.task, optimiser, graphdef, shardings)
-    source = GlobalBatches(subject.rows, subject.examples.batch, config=subject.config.train.order)
+    source = GlobalBatches(
+        subject.rows,
+        subject.examples.batch,
+        config=subject.config.train.order,
+        parts=sharding.parts(subject.mesh),
+    )
     losses, text = [], ""
     for n in range(count):
         batch = loop.put(source[n], subject.mesh)

@@ -21,7 +21,7 @@ def pack_batch(
         rows = [np.stack([ids[n][b][r][::-1] for n in names], 1) for b, r in enumerate(real_BL)]
         ids_TG = np.concatenate([*rows, np.zeros((spare, len(names)))])
         length_B = real_BL.sum(axis=1).astype(np.int32)
-        events[group] = {"ids_TG": ids_TG.astype(np.int32), "length_B": length_B}
+        events[group] = {"ids_PSG": ids_TG[None].astype(np.int32), "length_B": length_B}
     return {
         "ids_BF": np.concatenate([ids[f.name] for f in schema.categorical], 1).astype(np.int32),
         "floats_BN": np.asarray(floats_BN, np.float32),

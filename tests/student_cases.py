@@ -45,7 +45,7 @@ def make_batch(seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
     offsets = np.array([SCHEMA.offsets[f.name] for f in SCHEMA.fields])
     local = rng.integers(1, [f.rows for f in SCHEMA.fields], (B, 3))
-    own = {"end_B": END, "length_B": LENGTH, "slot_T": np.zeros(T, np.uint8)}
+    own = {"end_B": END, "length_B": LENGTH, "slot_PS": np.zeros((1, T), np.uint8)}
     turned = own | {"end_B": END[::-1].copy(), "length_B": LENGTH[::-1].copy()}
     return {
         "ids_BF": (offsets + local).astype(np.int32),

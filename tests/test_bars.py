@@ -157,7 +157,7 @@ def test_embeddings_stand_behind_their_ids(tmp_path):
     inputs = open_inputs(folder, reader="vm", behaviours=True)
     batch = inputs.batch(np.arange(5))
     assert batch["ids_BF"].shape == (5, 3)
-    assert sum(e["ids_TG"].shape[1] for e in batch["events"].values()) == 4
+    assert sum(e["ids_PSG"].shape[2] for e in batch["events"].values()) == 4
 
 
 @pytest.mark.parametrize("spelling", ["quoted", "floats", "trailing blanks", "gzip", "batches"])

@@ -16,11 +16,12 @@ from loopfm_jax.data.log import Log
 from loopfm_jax.data.schema import Field, Schema
 from loopfm_jax.errors import UserError
 from loopfm_jax.inputs import open_inputs
+from loopfm_jax.packing import Parts
 
 ROWS = np.arange(100, 123)
 
 
-def rows_only(rows: np.ndarray) -> Batch:
+def rows_only(rows: np.ndarray, _: Parts) -> Batch:
     return {"row_B": rows}
 
 
@@ -157,8 +158,9 @@ def test_batches_of_a_prepared_log(prepared):
         columns = dict(zip([f.name for f in schema.categorical], batch["ids_BF"].T, strict=True))
         for group, names in schema.groups.items():
             events = batch["events"][group]
-            assert not events["ids_TG"][events["length_B"].sum() :].any()
-            columns |= dict(zip(names, events["ids_TG"].T, strict=True))
+            (ids_SG,) = events["ids_PSG"]
+            assert not ids_SG[events["length_B"].sum() :].any()
+            columns |= dict(zip(names, ids_SG.T, strict=True))
         for name, ids in columns.items():
             low = schema.offsets[name]
             assert ((ids == 0) | ((ids > low) & (ids < low + schema[name].rows))).all()

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import chex
 import grain
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,6 +21,7 @@ from loopfm_jax.data.synthetic import Synthetic
 from loopfm_jax.errors import UserError
 from loopfm_jax.flow import Flow
 from loopfm_jax.inputs import Inputs, open_inputs
+from loopfm_jax.packing import Parts
 
 ROWS = 64
 """Of a block here."""
@@ -109,6 +111,28 @@ def test_a_pass_decodes_every_block_once(folder, monkeypatch):
         opened = replace(opened, log=replace(opened.log))  # nothing decoded is left
 
 
+@pytest.mark.parametrize("order", ["time", "mixed"])
+def test_processes_make_parts_of_the_same_batches_and_read_their_blocks(folder, order, monkeypatch):
+    """Of two; a batch is of four blocks, so that each process has two of them."""
+    whole, read = both(folder)
+    rows, config = whole.rows("fm"), OrderConfig(order=order, batch=4 * ROWS)
+    source = GlobalBatches(rows, whole.batch, config=config, parts=Parts(2, (0, 1)))
+    halves, asked = [], []
+    for own in (0, 1):
+        opened = replace(read, log=replace(read.log))  # nothing decoded is left
+        blocks, numbers = opened.log.blocks, []
+        one = lambda n, read=blocks.read, numbers=numbers: numbers.append(n) or read(n)  # noqa: E731
+        opened = replace(opened, log=replace(opened.log, blocks=replace(blocks, read=one)))
+        halves.append(GlobalBatches(rows, opened.batch, config=config, parts=Parts(2, (own,))))
+        asked.append(numbers)
+    for n in range(len(source)):
+        both_halves = jax.tree.map(lambda *x: np.concatenate(x), *(half[n] for half in halves))
+        chex.assert_trees_all_equal(both_halves, source[n])
+    number = -(-len(rows) // ROWS)
+    assert sorted({*asked[0], *asked[1]}) == list(range(number))
+    assert max(map(len, asked)) < 0.8 * number
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     count=st.integers(1, 1500),
@@ -122,7 +146,7 @@ def test_a_mixed_epoch_has_every_row_once(small_blocks, count, kept, start, batc
     chosen[0] = True
     rows = start + np.flatnonzero(chosen)
     config = OrderConfig(order="mixed", epochs=2, batch=batch)
-    source = GlobalBatches(rows, lambda r: {"row_B": r}, config=config, seed=seed)
+    source = GlobalBatches(rows, lambda r, _: {"row_B": r}, config=config, seed=seed)
     items = [source[i] for i in range(len(source))]
     seen = np.concatenate([b["row_B"][b["weight_B"] > 0] for b in items])
     for epoch in seen.reshape(2, len(rows)):
@@ -229,7 +253,7 @@ def test_groups_name_the_block_of_every_row():
 
 def test_prepared_ahead_is_a_window_where_rows_are_mixed(small_blocks):
     def ahead(**config) -> int:
-        source = GlobalBatches(np.arange(9), lambda r: {}, config=OrderConfig(**config))
+        source = GlobalBatches(np.arange(9), lambda r, _: {}, config=OrderConfig(**config))
         return source.ahead
 
     assert ahead(batch=8) == ahead(batch=8, order="shuffled") == 2

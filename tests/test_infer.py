@@ -24,7 +24,7 @@ def run(rows: np.ndarray, *, batch: int) -> tuple[np.ndarray, float]:
         Scale(),
         lambda model, batch, constants: {"x": model.by[...] * batch["row_B"] + constants},
         rows,
-        lambda rows: {"row_B": rows.astype(np.float32)},
+        lambda rows, _: {"row_B": rows.astype(np.float32)},
         {"x": found},
         batch=batch,
         mesh=make_mesh(MeshConfig()),

@@ -17,7 +17,7 @@ from loopfm_jax.flow import Flow
 from loopfm_jax.history import join
 from loopfm_jax.history.encoders import EncoderConfig
 from loopfm_jax.history.join import token_rows
-from loopfm_jax.packing import pack
+from loopfm_jax.packing import Parts, pack
 from loopfm_jax.sharding import MeshConfig, make_mesh
 from loopfm_jax.vm.methods import find_method
 from loopfm_jax.vm.student import Student
@@ -85,7 +85,7 @@ def test_a_batch_brings_what_its_tokens_read(flow):
     on_device = open_as(flow, "device").past(make_mesh(MeshConfig())).entries
     rows = examples.inputs.rows("test")[-50:]
     for key, brought in examples.batch(rows)["slices"].items():
-        entries, slots = brought["entries"], len(brought["slot_T"])
+        entries, slots = brought["entries"], brought["slot_PS"].size
         end_B, length_B = jnp.asarray(brought["end_B"]), jnp.asarray(brought["length_B"])
         tokens = pack(end_B, length_B, slots=slots, longest=entries.longest)
         assert entries.gathered and 0 < length_B.sum() < slots
@@ -93,16 +93,31 @@ def test_a_batch_brings_what_its_tokens_read(flow):
         assert entries.codes["hidden_0"].dtype == np.uint8  # still packed
         for name in ("ids_SF", "seconds", "outcome"):
             own, whole = getattr(entries, name), getattr(stored, name)
-            assert len(own) == slots and own.dtype == whole.dtype
+            assert own.shape[:2] == (1, slots) and own.dtype == whole.dtype
             real = np.asarray(tokens.real_T)
-            np.testing.assert_array_equal(own[real], np.asarray(whole[tokens.row_T])[real])
+            np.testing.assert_array_equal(own[0][real], np.asarray(whole[tokens.row_T])[real])
         assert entries.soft is None and stored.soft is None
+
+
+@pytest.mark.parametrize("residency", ["device", "host"])
+def test_every_process_brings_its_part_of_the_batch(flow, residency):
+    examples = open_as(flow, residency)
+    rows = examples.inputs.rows("test")[-48:]
+    whole = examples.batch(rows, Parts(4, (0, 1, 2, 3)))
+    halves = [examples.batch(rows, Parts(4, own)) for own in ((0, 1), (2, 3))]
+    jax.tree.map(lambda x, *y: np.testing.assert_array_equal(np.concatenate(y), x), whole, *halves)
+    apart = examples.batch(rows, Parts(4, (0, 3)))  # a mesh may deal devices out in any order
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(np.split(y, 4)[3], np.split(x, 2)[1]),
+        apart,
+        whole,
+    )
 
 
 def test_nothing_is_brought_that_waits_on_the_device(flow):
     examples = open_as(flow, "device")
     found = examples.batch(examples.inputs.rows("test")[:8])["slices"]
-    assert all(set(one) == {"end_B", "length_B", "slot_T"} for one in found.values())
+    assert all(set(one) == {"end_B", "length_B", "slot_PS"} for one in found.values())
 
 
 def test_auto_by_the_memory_of_the_device(flow, monkeypatch):

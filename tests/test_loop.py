@@ -16,6 +16,7 @@ from loopfm_jax.data.batches import Batch, OrderConfig
 from loopfm_jax.data.schema import Field, Schema
 from loopfm_jax.errors import UserError
 from loopfm_jax.optim import OptimConfig
+from loopfm_jax.packing import WHOLE, Parts
 from loopfm_jax.sharding import MeshConfig, make_mesh
 from loopfm_jax.tables import TableConfig
 
@@ -49,7 +50,7 @@ def ctr_loss(model: Ctr, batch: dict[str, jax.Array], _: Any, key: jax.Array) ->
     return value, {"logloss": value}
 
 
-def ctr_batch(rows: np.ndarray) -> Batch:
+def ctr_batch(rows: np.ndarray, _: Parts = WHOLE) -> Batch:
     ids = np.random.default_rng(1).integers([1, 101], [100, 220], (ROWS, 2)).astype(np.int32)
     floats_BN = np.zeros((len(rows), 0), np.float32)
     return {"ids_BF": ids[rows], "floats_BN": floats_BN, "events": {}, "y_B": LABEL[rows]}
@@ -62,7 +63,7 @@ def loss(model: Noisy, batch: dict[str, jax.Array], _: Any, key: jax.Array) -> A
     return value, {"logloss": value}
 
 
-def assemble(rows: np.ndarray) -> Batch:
+def assemble(rows: np.ndarray, _: Parts = WHOLE) -> Batch:
     return {"x_BX": FEATURES[rows], "y_B": LABEL[rows]}
 
 
@@ -89,7 +90,7 @@ def test_a_resumed_run_ends_bit_equal(tmp_path: Path, stop_at: int) -> None:
     whole = run(tmp_path / "whole")
     calls = iter(range(10**6))
 
-    def dies(rows: np.ndarray) -> Batch:
+    def dies(rows: np.ndarray, _: Parts = WHOLE) -> Batch:
         if next(calls) == stop_at:
             raise RuntimeError("killed")
         return assemble(rows)
@@ -98,7 +99,7 @@ def test_a_resumed_run_ends_bit_equal(tmp_path: Path, stop_at: int) -> None:
         run(tmp_path / "torn", assemble=dies)
     steps: list[int] = []
 
-    def counts(rows: np.ndarray) -> Batch:
+    def counts(rows: np.ndarray, _: Parts = WHOLE) -> Batch:
         steps.append(1)
         return assemble(rows)
 
@@ -120,7 +121,7 @@ def test_every_rule_of_tables_learns_and_resumes_on_any_mesh(tmp_path: Path, rul
     assert whole.curve[-1]["logloss"] < whole.curve[0]["logloss"]
     calls = iter(range(10**6))
 
-    def dies(rows: np.ndarray) -> Batch:
+    def dies(rows: np.ndarray, _: Parts = WHOLE) -> Batch:
         if next(calls) == 17:
             raise RuntimeError("killed")
         return ctr_batch(rows)
@@ -146,7 +147,7 @@ def test_learns_and_reports(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    def poisoned(rows: np.ndarray) -> Batch:
+    def poisoned(rows: np.ndarray, _: Parts = WHOLE) -> Batch:
         batch = assemble(rows)
         batch["x_BX"] = np.where(rows[:, None] == 7, np.nan, batch["x_BX"])
         return batch

@@ -90,12 +90,12 @@ def check_ages(world: World, _) -> None:
     """Every event that is seen brings its own age, and no other's."""
     read = inputs.open_inputs(world.flow.data, reader="vm", behaviours=True, timed=True)
     rows = np.arange(len(world.log))
-    (events,) = (e for e in read.batch(rows)["events"].values() if "age_T" in e)
+    (events,) = (e for e in read.batch(rows)["events"].values() if "age_PS" in e)
     logged, time = world.log["logged_time"], world.log["time"]
     liked = world.liked(world.log["label"])
     want = [(time[i] - logged[j]) / 1000 for i in rows for j in reversed(liked[i])]
-    np.testing.assert_allclose(events["age_T"][: len(want)], want, rtol=1e-6)
-    assert min(want) > 0 and not events["age_T"][len(want) :].any()
+    np.testing.assert_allclose(events["age_PS"][0, : len(want)], want, rtol=1e-6)
+    assert min(want) > 0 and not events["age_PS"][0, len(want) :].any()
 
 
 def check_swapped(world: World, _) -> None:

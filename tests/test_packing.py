@@ -4,13 +4,16 @@ from functools import partial
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mesh_steps import collectives
 
 from loopfm_jax import packing
-from loopfm_jax.packing import BLOCK, LARGE, Tokens, budget
+from loopfm_jax.packing import BLOCK, LARGE, Parts, Tokens, budget
+from loopfm_jax.sharding import MeshConfig, make_mesh, split
 
 B, L, T = 6, 4, 25  # one slot more than B * L: a packed batch always has an unreal one
 LENGTHS = {
@@ -25,19 +28,20 @@ END = np.array([7, 0, 12, 1, 30, 30], np.int32)
 END_OF = {name: np.maximum(END, lengths).astype(np.int32) for name, lengths in LENGTHS.items()}
 
 pack = jax.jit(partial(packing.pack, slots=T, longest=L))
+parts = jax.jit(partial(packing.pack, slots=27, longest=L, parts=3))
 pad = jax.jit(partial(packing.pad, longest=L))
+LAYOUTS = {"pack": pack, "parts": parts, "pad": pad}
 spread, total, count, softmax = map(
     jax.jit, (Tokens.spread, Tokens.sum, Tokens.count, Tokens.softmax)
 )
 to_padded, to_tokens = jax.jit(Tokens.pad), jax.jit(Tokens.unpad)
 
-every_layout = pytest.mark.parametrize("layout", ["pack", "pad"])
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 every_case = pytest.mark.parametrize("case", LENGTHS)
 
 
 def tokens_of(layout: str, case: str) -> Tokens:
-    arguments = END_OF[case], np.array(LENGTHS[case], np.int32)
-    return pack(*arguments) if layout == "pack" else pad(*arguments)
+    return LAYOUTS[layout](END_OF[case], np.array(LENGTHS[case], np.int32))
 
 
 def real_slots(tokens: Tokens) -> list[tuple[int, int, int, int]]:
@@ -64,7 +68,8 @@ def garbage(shape, *, seed=0) -> np.ndarray:
 def test_holds_exactly_the_slices_newest_first(layout, case):
     tokens = tokens_of(layout, case)
     assert [slot[:3] for slot in real_slots(tokens)] == expected(case)
-    assert (np.diff(np.asarray(tokens.segment_T)) >= 0).all()  # segment_sum is told so
+    by_part = np.asarray(tokens.segment_T).reshape(tokens.parts, -1)
+    assert (np.diff(by_part) >= 0).all()  # segment_sum is told so
     assert (np.asarray(tokens.row_T)[~np.asarray(tokens.real_T)] == 0).all()
     assert (tokens.examples, tokens.length) == (B, L)
 
@@ -73,6 +78,14 @@ def test_holds_exactly_the_slices_newest_first(layout, case):
 def test_packed_slots_stand_side_by_side(case):
     tokens = tokens_of("pack", case)
     assert [slot[3] for slot in real_slots(tokens)] == list(range(sum(LENGTHS[case])))
+    assert (np.asarray(tokens.segment_T)[~np.asarray(tokens.real_T)] == B).all()
+
+
+@every_case
+def test_a_part_holds_the_tokens_of_its_own_examples(case):
+    tokens = tokens_of("parts", case)
+    own = {(segment // 2, slot // 9) for segment, _, _, slot in real_slots(tokens)}
+    assert all(of == at for of, at in own) and (own or case == "all empty")
     assert (np.asarray(tokens.segment_T)[~np.asarray(tokens.real_T)] == B).all()
 
 
@@ -141,6 +154,60 @@ def test_pad_and_unpad(layout, case):
     np.testing.assert_array_equal(padded, by_hand)
     real = np.asarray(tokens.real_T)
     np.testing.assert_array_equal(np.asarray(to_tokens(tokens, padded))[real], per_token[real])
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (4, 2)])
+def test_nothing_of_a_part_leaves_its_device(shape):
+    """Forwards and backwards, of everything that tokens do with examples."""
+    mesh, parts, each = make_mesh(MeshConfig(*shape)), shape[0], 16
+    here = split(mesh, "examples")
+
+    def run(end_B, length_B, value_TX):
+        tokens = packing.pack(end_B, length_B, slots=parts * each, longest=L, parts=parts)
+
+        def mixed(value_TX):
+            weight_T = tokens.softmax(tokens.spread(tokens.mean(value_TX))[:, 0] + value_TX[:, 1])
+            again_TX = tokens.unpad(tokens.pad(weight_T[:, None] * value_TX))
+            return tokens.sum(again_TX)
+
+        found_BX, back = jax.vjp(mixed, value_TX)
+        return tokens.row_T, found_BX, back(jnp.ones_like(found_BX))
+
+    shapes = [((16,), "i4"), ((16,), "i4"), ((parts * each, 2), "f4")]
+    given = [jax.ShapeDtypeStruct(s, np.dtype(kind), sharding=here) for s, kind in shapes]
+    hlo = jax.jit(run, out_shardings=here).lower(*given).compile().as_text()
+    assert "scatter" in hlo and collectives(hlo) == []
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(
+    st.sampled_from([1, 2, 3, 8]),
+    st.lists(st.integers(0, 40), min_size=24, max_size=24),
+    st.sampled_from([40, 40 * LARGE]),
+)
+def test_tokens_are_dealt_to_the_parts_that_the_budget_has_room_for(count, lengths, longest):
+    lengths_B = np.array(lengths)
+    slots = budget(lengths_B, longest=longest, parts=count)
+    assert slots % count == 0 and (longest == 40 or slots % BLOCK == 0)
+    assert slots // count >= lengths_B.reshape(count, -1).sum(axis=1).max()
+    slots = count * 24 * 40 if longest > 40 else slots  # as large as it can be said in a test
+    values_T = 1 + np.arange(lengths_B.sum())
+    found = []
+    for own in [tuple(range(count)), *((n,) for n in range(count))]:
+        parts = Parts(count, own)
+        length_b = parts.mine(lengths_B)
+        first = lengths_B.reshape(count, -1)[: own[0]].sum()
+        found.append(
+            parts.deal(
+                lambda tokens, out, first=first: np.copyto(out, values_T[first:][tokens]),
+                length_b, slots=slots, shape=(), dtype=np.int64,
+            )
+        )  # fmt: skip
+    whole_PS, *alone = found
+    np.testing.assert_array_equal(np.concatenate(alone), whole_PS)
+    for part_S, of_B in zip(whole_PS, np.split(lengths_B, count), strict=True):
+        assert (part_S[: of_B.sum()] > 0).all() and not part_S[of_B.sum() :].any()
+    np.testing.assert_array_equal(whole_PS[whole_PS > 0], values_T)
 
 
 def test_agrees_with_grains_packer():

@@ -89,7 +89,7 @@ def test_a_checkpoint_of_one_mesh_is_restored_on_another_bit_equal(onto, folder,
     saved = steps(MESH, folder, fsdp=True).state
     other = steps(onto, folder).state  # as far along: the restored one must replace it
     order = OrderConfig(epochs=1, batch=4)
-    batches = iterate(GlobalBatches(np.arange(16), lambda rows: {"rows": rows}, config=order))
+    batches = iterate(GlobalBatches(np.arange(16), lambda rows, _: {"rows": rows}, config=order))
     next(batches)
     with checkpoint.Saver(tmp_path, every=1) as saver:
         saver.save(20, saved, batches, {})

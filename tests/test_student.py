@@ -76,7 +76,7 @@ def test_parameters_are_the_backbones_and_those_of_the_open_channels(name):
 def test_a_batch_holds_what_the_method_reads_and_no_more(name):
     rows, zeros = np.array([8, 10, 11, 12, 13]), np.zeros(8)
     inputs = SimpleNamespace(
-        batch=lambda rows: {"label_B": rows},
+        batch=lambda rows, _: {"label_B": rows},
         splits={"vm": slice(10, 14)},
         log={"time": 1_000 * np.arange(16) + 60_500},
     )
@@ -111,7 +111,7 @@ def test_a_batch_holds_what_the_method_reads_and_no_more(name):
         assert own["end_B"].tolist()[1:] == [20, 21, 22, 23]
         assert own["length_B"].tolist() == [0, 3, 0, 1, 2]  # nothing was exported of row 8
         assert found["seconds_B"].tolist() == [8, 10, 11, 12, 13]
-        assert len(own["slot_T"]) == packing.budget(own["length_B"], longest=3)
+        assert own["slot_PS"].size == packing.budget(own["length_B"], longest=3)
 
 
 @every_method

@@ -189,7 +189,7 @@ def test_models_get_the_events_side_by_side(folder):
     assert batch["ids_BF"].shape[1] == 16
     (group, names), events = *inputs.schema.groups.items(), batch["events"]
     assert set(names) == set(HISTORY) and list(events) == [group]
-    ids_TG, length_B = events[group]["ids_TG"], events[group]["length_B"]
+    (ids_TG,), length_B = events[group]["ids_PSG"], events[group]["length_B"]
     assert ids_TG.dtype == np.int32 and not ids_TG[length_B.sum() :].any()
     for i, name in enumerate(names):
         padded = log.padded(name, rows)

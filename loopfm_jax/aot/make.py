@@ -23,7 +23,7 @@ from loopfm_jax.progress import say
 from loopfm_jax.report import finite
 from loopfm_jax.scale.dial import ALIGNED, Growth, Known, Size, measure, turn
 from loopfm_jax.scale.plan import builder, schema_of, short
-from loopfm_jax.sharding import ALL
+from loopfm_jax.sharding import ALL, MeshConfig, mesh_of
 
 NO_ROOM = ("RESOURCE_EXHAUSTED", "Ran out of memory")
 
@@ -103,7 +103,7 @@ def _compile(
     if dtype == "auto":
         dtype = "float32" if chip is None else "bfloat16"
     shape = chips.mesh_sizes(count, config.mesh.model, devices.name)
-    mesh = jax.make_mesh(shape, ALL, axis_types=(AxisType.Auto,) * 2, devices=list(devices.devices))
+    mesh = mesh_of(MeshConfig(*shape), devices.devices)
     setting = Setting(with_dtype(config, dtype), schema, mesh)
     row: dict[str, Any] = {
         "program": name,

@@ -26,6 +26,8 @@ KINDS = {
     "program": "program",
 }
 """Kinds of bytes in the order in which they are told."""
+FITS = {True: ("yes", "fits, "), False: ("no", "does not fit, "), None: (DASH, "")}
+"""None: nobody knows how much memory simulated devices have."""
 GIB = 2**30
 
 
@@ -65,7 +67,7 @@ def _line(row: Found) -> list[str]:
         mesh,
         short(row["dense"]),
         f"{row['examples']:,}",
-        {True: "yes", False: "no"}.get(row.get("fits"), DASH),
+        FITS[row.get("fits")][0],
         f"{row['total_bytes'] / GIB:.2f}" if known else DASH,
         kinds(row) if known else row.get("reason", DASH),
         sent(row) if known else DASH,
@@ -96,7 +98,6 @@ def seconds(row: Found) -> str:
 
 def summary(row: Found) -> str:
     """A line for people."""
-    fits = {True: "fits, ", False: "does not fit, "}.get(row.get("fits"), "")
-    said = f"{fits}{row['total_bytes'] / GIB:.2f} GiB and {row['collective_bytes'] / 1e6:,.1f} MB"
+    said = f"{FITS[row.get('fits')][1]}{row['total_bytes'] / GIB:.2f} GiB and {row['collective_bytes'] / 1e6:,.1f} MB"
     said += " of collectives a device"
     return said + (f", a step {seconds(row)} by estimate" if "at_best_s" in row else "")

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -34,31 +35,39 @@ def batch(schema: Schema, mesh: Mesh, *, examples: int, fill: float, longest: in
     Args:
       fill: mean share of a sequence's or history's longest length.
     """
-    one = blank(schema) | {"label_B": np.zeros(1, np.float32), "weight_B": np.zeros(1, np.float32)}
-    slots = {group: slots_of(examples, schema[group].length, fill) for group in schema.groups}
-    events = {name: _grown(x, examples, slots[name]) for name, x in one.pop("events").items()}
-    found = _grown(one, examples, 0) | {"events": events}
+    grow = partial(_grown, examples=examples, parts=mesh.shape["data"])
+    one: dict[str, Any] = blank(schema) | {
+        "label_B": np.zeros(1, np.float32),
+        "weight_B": np.zeros(1, np.float32),
+    }
+    events = {
+        group: grow(x, slots=_slots(examples, schema[group].length, fill, mesh))
+        for group, x in one.pop("events").items()
+    }
+    found = grow(one, slots=0) | {"events": events}
     if longest:
         number = np.zeros(1, np.int32)
-        part = {"end_B": number, "length_B": number, "slot_T": np.zeros(1, np.uint8)}
-        part = _grown(part, examples, slots_of(examples, longest, fill))
-        found |= {"slices": {"key": part}, "seconds_B": jax.ShapeDtypeStruct((examples,), "int32")}
+        part = {"end_B": number, "length_B": number, "slot_PS": np.zeros((1, 1), np.uint8)}
+        part = grow(part, slots=_slots(examples, longest, fill, mesh))
+        found |= {"slices": {"key": part}} | grow({"seconds_B": number}, slots=0)
     return place(found, sharding.split(mesh, "examples"))
 
 
-def slots_of(examples: int, longest: int, fill: float) -> int:
+def _slots(examples: int, longest: int, fill: float, mesh: Mesh) -> int:
     """The token budget of a batch whose lengths are all alike."""
-    return budget(np.full(examples, round(fill * longest)), longest=longest)
+    lengths = np.full(examples, round(fill * longest))
+    return budget(lengths, longest=longest, parts=mesh.shape["data"])
 
 
-def _grown(tree: Mapping[str, Any], examples: int, slots: int) -> dict[str, Any]:
-    """The first axis of every array is what the first letter of its name says: tokens or
-    examples."""
+def _grown(
+    tree: Mapping[str, Any], *, examples: int, slots: int, parts: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the first axes of an array count is in its name: examples, or parts and their slots."""
 
     def grow(path: Any, x: np.ndarray) -> jax.ShapeDtypeStruct:
-        name = str(path[-1].key)
-        first = slots if re.search(r"_T[A-Z]*$", name) else examples
-        return jax.ShapeDtypeStruct((first, *x.shape[1:]), x.dtype)
+        if re.search(r"_PS[A-Z]*$", str(path[-1].key)):
+            return jax.ShapeDtypeStruct((parts, slots // parts, *x.shape[2:]), x.dtype)
+        return jax.ShapeDtypeStruct((examples, *x.shape[1:]), x.dtype)
 
     return dict(jax.tree.map_with_path(grow, tree))
 

@@ -1,6 +1,7 @@
 """A function of tokens over a cache's worth of them at a time."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -36,7 +37,7 @@ def by_block(f: Callable[..., Any], *, ahead: int = 0) -> Callable[..., Any]:
         whole = sharding.platform() != "cpu" or slots % BLOCK or slots == BLOCK
         if whole or slots % devices or block(slots // devices, devices) < ahead:
             return f(tokens, *per_token, key=key)
-        given = tokens, *per_token
+        given = replace(tokens, parts=1), *per_token  # a block knows all examples by their number
         if devices == 1:
             after = jax.tree.map(lambda x: jnp.zeros_like(x[:ahead]), given)
             return _run(f, given, after, key)

@@ -102,18 +102,21 @@ def in_blocks(
     key: Key = None,
 ) -> jax.Array:
     """An example's entries stand side by side, newest first, and one sees at most L: a block of L
-    slots sees itself and the next one. So the scores are T * 2L and need no padding, whose
-    [B,H,L,L] is mostly empty."""
-    (slots, width), length = qkv_TX.shape, window or tokens.length
-    size = width // (3 * heads)
+    slots sees itself and the next one of its part. So the scores are T * 2L and need no padding,
+    whose [B,H,L,L] is mostly empty."""
+    (slots, width), length, parts = qkv_TX.shape, window or tokens.length, tokens.parts
+    size, each = width // (3 * heads), slots // parts
     weigh = weigh or Partial(partial(softmaxed, size=size))
 
     def blocks(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, -slots % length)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(-1, length, *x.shape[1:])
+        x = x.reshape(parts, each, *x.shape[1:])
+        x = jnp.pad(x, [(0, 0), (0, -each % length)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(-1, length, *x.shape[2:])
 
     def seen(x: jax.Array) -> jax.Array:
-        return jnp.concatenate([x, jnp.concatenate([x[1:], jnp.zeros_like(x[:1])])], axis=-2)
+        own = x.reshape(parts, -1, *x.shape[1:])
+        following = jnp.concatenate([own[:, 1:], jnp.zeros_like(own[:, :1])], axis=1)
+        return jnp.concatenate([x, following.reshape(x.shape)], axis=-2)
 
     qkv_CHLD = jnp.moveaxis(blocks(qkv_TX.reshape(slots, 3 * heads, size)), 2, 1)
     q, k, v = jnp.split(qkv_CHLD, 3, axis=1)  # heads first: batched dots
@@ -133,7 +136,8 @@ def in_blocks(
     product_CHLS = wide(jnp.einsum("CHLD,CHSD->CHLS", q, seen(k)))
     weight_CHLS = dropout(weigh(product_CHLS, pairs), rate, key).astype(v.dtype)
     mixed_CHLD = jnp.einsum("CHLS,CHSD->CHLD", weight_CHLS, seen(v))
-    return jnp.moveaxis(mixed_CHLD, 1, 2).reshape(-1, heads, size)[:slots]
+    mixed_PSHD = jnp.moveaxis(mixed_CHLD, 1, 2).reshape(parts, -1, heads, size)
+    return mixed_PSHD[:, :each].reshape(slots, heads, size)
 
 
 def softmaxed(product_CHLS: jax.Array, pairs: Pairs, *, size: int) -> jax.Array:

@@ -33,10 +33,12 @@ def lengths(spec: Spec) -> np.ndarray:
 
 
 def lay_out(layout: str, longest: int) -> Callable[[jax.Array, jax.Array, jax.Array], Tokens]:
-    """(end_B, length_B, slot_T) -> tokens; of `slot_T` only the number of slots is read."""
+    """(end_B, length_B, slot_PS) -> tokens; of `slot_PS` only the number of slots is read."""
     if layout == "padded":
         return lambda end_B, length_B, _: pad(end_B, length_B, longest=longest)
-    return lambda end_B, length_B, slot_T: pack(end_B, length_B, slots=len(slot_T), longest=longest)
+    return lambda end_B, length_B, slot_PS: pack(
+        end_B, length_B, slots=slot_PS.size, longest=longest
+    )
 
 
 class Encode:
@@ -57,7 +59,7 @@ class Encode:
         tokens_of = lay_out(spec["layout"], spec["length"])
 
         def loss(params: Any, store: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
-            tokens = tokens_of(batch["end_B"], batch["length_B"], batch["slot_T"])
+            tokens = tokens_of(batch["end_B"], batch["length_B"], batch["slot_PS"])
             value_TZ = dequantise(store[tokens.row_T], codec)
             value_TZ = jnp.where(tokens.real_T[:, None], value_TZ, 0)
             summary_BX = nnx.merge(graphdef, params)(value_TZ, batch["query_BZ"], tokens)
@@ -76,7 +78,7 @@ class Encode:
             {
                 "end_B": rng.integers(longest, spec["entries"], size).astype(np.int32),
                 "length_B": length_B,
-                "slot_T": np.zeros(budget(length_B, longest=longest), np.int8),
+                "slot_PS": np.zeros((1, budget(length_B, longest=longest)), np.int8),
                 "query_BZ": rng.normal(size=(size, spec["width"])).astype(np.float32),
             }
             for length_B in lengths(spec)

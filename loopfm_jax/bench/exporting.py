@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from loopfm_jax import memory
+from loopfm_jax import memory, sharding
 from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.bench import data
 from loopfm_jax.bench.model import from_json
@@ -57,6 +57,8 @@ class Export:
             with TemporaryDirectory() as folder:
                 writers = open_writers(Path(folder), len(rows), exporter.codecs)
                 exporter.run(rows, writers, title="export")
+                for writer in writers.values():
+                    writer.close()
 
         return timed(step, lambda: None, seconds=seconds, steps=steps, examples=len(rows))
 
@@ -70,8 +72,9 @@ class Forward:
         graphdef, self._state = nnx.split(exporter.model)
         self._constants, size = exporter.constants, exporter.batch
         self.facts: dict[str, Any] = {"batch": size}
+        parts = sharding.parts(exporter.mesh)
         self._batches = [
-            put(exporter.lessons.batch(rows[low : low + size]), exporter.mesh)
+            put(exporter.lessons.batch(rows[low : low + size], parts), exporter.mesh)
             for low in range(0, len(rows), size)
         ]
         self._rows = len(rows)

@@ -55,7 +55,7 @@ def content(batch: Batch, schema: Schema) -> float:
     total_B += batch["floats_BN"].astype(np.float64).sum(axis=1)
     for group, names in schema.groups.items():
         length_B = batch["events"][group]["length_B"]
-        ids_TG = batch["events"][group]["ids_TG"][: length_B.sum()]
+        ids_TG = batch["events"][group]["ids_PSG"][0, : length_B.sum()]
         row_T = np.repeat(np.arange(len(length_B)), length_B)
         rank_T = np.arange(len(row_T)) - np.repeat(np.cumsum(length_B) - length_B, length_B)
         local_TG = np.where(ids_TG > 0, ids_TG - np.array([offsets[n] for n in names]), 0)

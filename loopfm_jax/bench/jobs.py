@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from loopfm_jax import loop, memory
+from loopfm_jax import loop, memory, sharding
 from loopfm_jax.bench.data import write_log
 from loopfm_jax.bench.model import FOREVER, Subject, Taught, make_subject, save_weights
 from loopfm_jax.bench.protocol import Measured, Spec, timed, timed_each
@@ -51,7 +51,8 @@ def _facts(subject: Subject | Taught, state: loop.State) -> dict[str, Any]:
 
 def _batches(subject: Subject | Taught) -> Iterator[Batch]:
     order = subject.config.train.order
-    source = GlobalBatches(subject.rows, subject.examples.batch, config=order)
+    parts = sharding.parts(subject.mesh)
+    source = GlobalBatches(subject.rows, subject.examples.batch, config=order, parts=parts)
     return iter(iterate(source))
 
 

@@ -18,12 +18,14 @@ import numpy as np
 
 from loopfm_jax.data.blocks import BLOCK_ROWS, WINDOW_BLOCKS
 from loopfm_jax.errors import UserError
+from loopfm_jax.packing import WHOLE, Parts
 
 Order = Literal["time", "shuffled", "mixed"]
 AHEAD, MOST_AHEAD = 2, 64
 Batch = dict[str, Any]
 """Arrays [B, ...] by name; histories are nested by key."""
-Assemble = Callable[[np.ndarray], Batch]
+Assemble = Callable[[np.ndarray, Parts], Batch]
+"""Row numbers [B], and how their batch is laid out -> what this process has of it."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,25 @@ class OrderConfig:
 
 
 class GlobalBatches(grain.sources.RandomAccessDataSource):
-    """Item `step` is the batch of that step: a function of (rows, config, seed, step) alone, so
-    that every process of many could take its own part.
+    """Item `step` is the batch of that step: a function of (rows, config, seed, step) alone, of
+    which every process takes its own parts.
 
     Args:
       rows: row numbers of the window in time order.
       assemble: row numbers [B] -> columns; `weight_B` is added here.
+      parts: how batches are laid out.
     """
 
-    def __init__(self, rows: np.ndarray, assemble: Assemble, *, config: OrderConfig, seed: int = 0):
-        self._rows, self._assemble = rows, assemble
+    def __init__(
+        self,
+        rows: np.ndarray,
+        assemble: Assemble,
+        *,
+        config: OrderConfig,
+        seed: int = 0,
+        parts: Parts = WHOLE,
+    ):
+        self._rows, self._assemble, self._parts = rows, assemble, parts
         self._config, self._seed = config, seed
         self._steps_per_epoch = -(-len(rows) // config.batch)
         self._epoch_rows = lru_cache(maxsize=2)(self._permuted)
@@ -86,10 +97,9 @@ class GlobalBatches(grain.sources.RandomAccessDataSource):
         epoch, step = divmod(int(record_key), self._steps_per_epoch)
         size = self._config.batch
         rows = self._part(epoch, step * size, (step + 1) * size)
-        filled = np.resize(rows, size)
-        batch = self._assemble(filled)
-        batch["weight_B"] = (np.arange(size) < len(rows)).astype(np.float32)
-        return batch
+        weight_B = (np.arange(size) < len(rows)).astype(np.float32)
+        batch = self._assemble(np.resize(rows, size), self._parts)
+        return batch | {"weight_B": self._parts.mine(weight_B)}
 
 
 class Mixture:
@@ -110,13 +120,14 @@ class Mixture:
         self._window = lru_cache(maxsize=2)(self._window_rows)
 
     def part(self, epoch: int, low: int, high: int) -> np.ndarray:
-        """Rows `low` to `high` (or the last one) of an epoch."""
+        """Rows `low` to `high` (or the last one) of an epoch, in the order of time: the parts of a
+        batch then come from different blocks, and a process reads those of its own."""
         _, ends = self._epoch(epoch)
         first = int(np.searchsorted(ends, low, side="right"))
         last = int(np.searchsorted(ends, min(high, len(self._rows)), side="left"))
         found = np.concatenate([self._window(epoch, w) for w in range(first, last + 1)])
         start = ends[first - 1] if first else 0
-        return found[low - start : high - start]
+        return np.sort(found[low - start : high - start])
 
     def _windows(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Blocks in the epoch's order, and how many rows there are up to each window's end."""

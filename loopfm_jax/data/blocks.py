@@ -1,8 +1,8 @@
 """The records of a prepared log, read as they are needed: for logs larger than memory.
 
-A record is a block of consecutive rows. What is one number a row (label, times, keys) stays in
-memory; ids, floats and sequences wait in the blocks. A model that reads rows in time order, or in
-an order that mixes few blocks at a time (`batches`), decodes every block once a pass.
+A record is a block of consecutive rows. What is one number a row (label, times, keys, lengths)
+stays in memory; ids, floats and sequences wait in the blocks. A model that reads rows in time
+order, or in an order that mixes few blocks at a time (`batches`), decodes every block once a pass.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ WINDOW_BLOCKS = 16
 HELD_BLOCKS = 2 * WINDOW_BLOCKS
 """Decoded blocks that stay: a batch may lie in two windows."""
 WIDE = ("ids", "floats", "example_id")
+LENGTHS = ("length", "lengths")
 
 
 @dataclass(frozen=True)
@@ -40,5 +41,6 @@ class Blocks:
 
 
 def is_wide(name: str) -> bool:
-    """Whether a stored column waits in its blocks: all that only batches read."""
-    return name in WIDE or "/" in name
+    """Whether a stored column waits in its blocks: all that only batches read, but for how long
+    sequences are, of which every process that makes a part of a batch knows all."""
+    return name in WIDE or ("/" in name and name.rsplit("/")[-1] not in LENGTHS)

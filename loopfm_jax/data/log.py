@@ -117,9 +117,9 @@ class Log:
         """Number of a block -> its rows as a log in memory; the last ones stay."""
         assert self.blocks is not None and self.stored is not None
         blocks, stored = self.blocks, self.stored
-        beside = [
-            n for n in self.columns if n == "label" or is_wide(n)
-        ]  # what batches read of them
+        beside = [  # what batches read of them
+            n for n in self.columns if n == "label" or is_wide(n) or n.endswith("/length")
+        ]
 
         def open_block(number: int) -> Log:
             low, high = blocks.bounds[number : number + 2]
@@ -142,6 +142,12 @@ class Log:
             ragged[name] = Ragged(column.values.take(index), count_B)
         columns = {name: values[rows] for name, values in self.columns.items()}
         return replace(self, columns=columns, ragged=ragged)
+
+    def lengths(self, names: Sequence[str], rows: np.ndarray) -> np.ndarray:
+        """As `events` will tell, of any rows, without reading a block."""
+        columns = {self.schema[name].slices or name: name for name in names}
+        counts = [self._count(name, rows) for name in columns.values()]
+        return np.minimum(np.maximum.reduce(counts), self.schema[names[0]].length)
 
     def events(self, names: Sequence[str], rows: np.ndarray) -> "Events":
         """Sequence fields that are read side by side (`Schema.groups`), at `rows`.
@@ -181,6 +187,13 @@ class Log:
             return self[f"{at}/end"][rows].astype(np.int64), self[f"{at}/length"][rows]
         count = self.ragged[name].lengths[rows]
         return self.starts[name][rows] + count, count
+
+    def _count(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """How many events there are at `rows`."""
+        at = self.schema[name].slices
+        if not at and name in self.ragged:
+            return self.ragged[name].lengths[rows]
+        return self.columns[f"{at}/length" if at else f"{name}/lengths"][rows]
 
     def _values(self, name: str, index: np.ndarray) -> np.ndarray:
         """Fused ids of a sequence field; what lies outside is garbage."""
@@ -249,6 +262,11 @@ def _split(
     }
     slices = {f"{f.slices}/{part}" for f in schema.sequences for part in ("end", "length")}
     kept = {n: v for n, v in stored.items() if n in (*FIXED, *slices) or n.startswith(KEY)}
+    kept |= {
+        n: v
+        for n, v in stored.items()
+        if n.endswith("/lengths") and n.removesuffix("/lengths") not in ragged
+    }
     return kept, ragged
 
 

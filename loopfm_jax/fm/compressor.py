@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 
+from loopfm_jax import sharding
 from loopfm_jax.backbones.layers import dense
 from loopfm_jax.errors import UserError, check_limits
 
@@ -207,7 +208,7 @@ def principal(covariance_DD: np.ndarray, width: int) -> np.ndarray:
 
 def _set(variable: nnx.Variable, value: np.ndarray) -> None:
     old = variable[...]
-    variable[...] = jax.device_put(value.astype(old.dtype), old.sharding)
+    variable[...] = sharding.place(value.astype(old.dtype), old.sharding)
 
 
 COMPRESSORS = {"autoencoder": Autoencoder, "pca": Projection, "random": Projection}

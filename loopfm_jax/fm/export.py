@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from loopfm_jax import checkpoint, stages
+from loopfm_jax import checkpoint, processes, stages
 from loopfm_jax.data.log import LogResidency
 from loopfm_jax.fm import refresh
 from loopfm_jax.fm.exporter import ExportConfig, code_width, fit, open_writers
@@ -57,8 +57,10 @@ def export(
     else:
         logged = refresh.run(exporter, config, fm_config, rows, writers, cutoff_ms=cutoff_ms, **run)
     for writer in writers.values():
-        writer.flush()
-    soft, label = np.asarray(writers["soft"]), lessons.inputs.log["label"][rows]
+        writer.close()
+    processes.wait()
+    soft = np.load(directory / "soft.npy", mmap_mode="r", allow_pickle=False)
+    label = lessons.inputs.log["label"][rows]
     return {
         "rows": len(rows),
         "first": first,

@@ -15,12 +15,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from loopfm_jax import infer
+from loopfm_jax import infer, processes
 from loopfm_jax.errors import UserError, check_limits
 from loopfm_jax.fm import codebook
 from loopfm_jax.fm.teacher import FMConfig, Teacher
 from loopfm_jax.fm.train import Lessons, known_rows, sample
 from loopfm_jax.history.codes import Code, Codec, dequantise, quantise
+from loopfm_jax.history.rowfile import RowFile
 
 Refresh = Literal["fixed", "fresh", "linear", "ema", "anchored"]
 
@@ -69,7 +70,14 @@ class Exporter:
     align: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Tap -> affine map [Z+1,Z] of its codes into an older checkpoint's space."""
 
-    def run(self, rows: np.ndarray, writers: Mapping[str, np.ndarray], *, title: str) -> float:
+    def run(
+        self,
+        rows: np.ndarray,
+        writers: Mapping[str, infer.Writer],
+        *,
+        title: str,
+        written: infer.Written = "once",
+    ) -> float:
         """Fills `codes_<tap>` and `soft` of `writers` for these rows; returns examples/s."""
         return infer.run(
             self.model,
@@ -81,6 +89,7 @@ class Exporter:
             mesh=self.mesh,
             constants=self.constants,
             title=title,
+            written=written,
         )
 
     @property
@@ -142,7 +151,7 @@ def fit(
     for tap in fm_config.taps:
         z = found[f"codes_{tap}"]
         book = codebook.fit(z, config.code, books=config.books, seed=seed)
-        if book is not None:
+        if book is not None and processes.leads():
             np.save(directory / f"book_{tap}.npy", book, allow_pickle=False)
         codecs[tap] = Codec(config.code, width, book)
         lost, whole = found[f"square_{tap}"].sum(axis=0, dtype=np.float64)
@@ -205,14 +214,10 @@ def _loss(z: np.ndarray, codec: Codec) -> float:
     return float(np.square(z - back).sum() / np.square(z - z.mean(axis=0)).sum())
 
 
-def open_writers(
-    directory: Path, rows: int, codecs: Mapping[str, Codec]
-) -> dict[str, np.memmap[Any, Any]]:
+def open_writers(directory: Path, rows: int, codecs: Mapping[str, Codec]) -> dict[str, RowFile]:
     """Files to be filled: `codes_<tap>` and `soft`."""
     shapes = {f"codes_{tap}": (c.dtype, (rows, c.columns)) for tap, c in codecs.items()}
     return {
-        name: np.lib.format.open_memmap(
-            directory / f"{name}.npy", mode="w+", dtype=dtype, shape=shape
-        )
+        name: RowFile(directory / f"{name}.npy", shape=shape, dtype=dtype)
         for name, (dtype, shape) in (shapes | {"soft": ("float32", (rows,))}).items()
     }

@@ -33,6 +33,8 @@ from loopfm_jax.fm.teacher import FMConfig, Teacher, loss
 from loopfm_jax.fm.train import sample
 from loopfm_jax.history.codes import Codec
 from loopfm_jax.history.reader import Past
+from loopfm_jax.history.rowfile import After, RowFile
+from loopfm_jax.packing import Parts
 
 RIDGE = 1e-3
 ORDER: Order = "shuffled"
@@ -44,7 +46,7 @@ def run(
     config: ExportConfig,
     fm_config: FMConfig,
     rows: np.ndarray,
-    writers: Mapping[str, np.ndarray],
+    writers: Mapping[str, RowFile],
     *,
     cutoff_ms: int,
     seed: int,
@@ -77,7 +79,7 @@ def run(
             cutoff_ms = max(cutoff_ms, int(log["logged_time"][known].max(initial=0)))
             drift.append({"day": day, **_drift(first, exporter, known)})
         cutoffs.append([now_ms, cutoff_ms])
-        part = {name: values[start:stop] for name, values in writers.items()}
+        part = {name: After(file, start) for name, file in writers.items()}
         exporter.run(rows[start:stop], part, title=f"export, day {day + 1}")
     return {"cutoffs": cutoffs, "drift": drift}
 
@@ -105,9 +107,10 @@ def _learn(
     held = config.refresh == "anchored"
     weight, anchors = (config.anchor, _codes(first, rows)) if held else (0.0, {})
 
-    def assemble(batch_rows: np.ndarray) -> dict[str, Any]:
-        at = np.searchsorted(rows, batch_rows)
-        return lessons.batch(batch_rows) | {"anchor": {t: z[at] for t, z in anchors.items()}}
+    def assemble(batch_rows: np.ndarray, parts: Parts) -> dict[str, Any]:
+        at = np.searchsorted(rows, parts.mine(batch_rows))
+        batch = lessons.batch(batch_rows, parts)
+        return batch | {"anchor": {tap: z[at] for tap, z in anchors.items()}}
 
     trained = loop.train(
         loop.Trainable(
@@ -196,5 +199,6 @@ def _codes(exporter: Exporter, rows: np.ndarray) -> dict[str, np.ndarray]:
     plain = {tap: Codec("fp32", codec.width) for tap, codec in exporter.codecs.items()}
     found = {f"codes_{tap}": np.zeros((len(rows), c.width), np.float32) for tap, c in plain.items()}
     soft = {"soft": np.zeros(len(rows), np.float32)}
-    replace(exporter, codecs=plain).run(rows, found | soft, title="codes of yesterday")
+    whole = replace(exporter, codecs=plain)
+    whole.run(rows, found | soft, title="codes of yesterday", written="everywhere")
     return {tap: found[f"codes_{tap}"] for tap in plain}

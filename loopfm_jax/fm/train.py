@@ -21,6 +21,7 @@ from loopfm_jax.history.join import Join
 from loopfm_jax.history.reader import Past, Reading
 from loopfm_jax.history.store import Residency, open_histories
 from loopfm_jax.inputs import Inputs, open_inputs
+from loopfm_jax.packing import WHOLE, Parts
 
 Labels = Literal["true", "shuffled"]
 Span = Literal["whole", "first-half"]
@@ -36,9 +37,9 @@ class Lessons:
     inputs: Inputs
     join: Join | None
 
-    def batch(self, rows: np.ndarray) -> dict[str, Any]:
-        batch: dict[str, Any] = dict(self.inputs.batch(rows))
-        return batch | self.join.batch(rows) if self.join else batch
+    def batch(self, rows: np.ndarray, parts: Parts = WHOLE) -> dict[str, Any]:
+        batch: dict[str, Any] = dict(self.inputs.batch(rows, parts))
+        return batch | self.join.batch(rows, parts) if self.join else batch
 
     def past(self, mesh: Mesh) -> Past | None:
         return self.join.past(mesh) if self.join else None
@@ -180,7 +181,7 @@ def _shuffled(lessons: Lessons, rows: np.ndarray, seed: int) -> Any:
     label = np.array(lessons.inputs.log["label"], np.float32)
     label[rows] = np.random.default_rng((seed, 1)).permutation(label[rows])
 
-    def assemble(batch_rows: np.ndarray) -> dict[str, Any]:
-        return lessons.batch(batch_rows) | {"label_B": label[batch_rows]}
+    def assemble(batch_rows: np.ndarray, parts: Parts) -> dict[str, Any]:
+        return lessons.batch(batch_rows, parts) | {"label_B": label[parts.mine(batch_rows)]}
 
     return assemble

@@ -18,7 +18,7 @@ from loopfm_jax import memory, sharding
 from loopfm_jax.history.reader import Entries, Past, Reading
 from loopfm_jax.history.store import Histories, Residency, Store
 from loopfm_jax.inputs import Inputs
-from loopfm_jax.packing import budget
+from loopfm_jax.packing import WHOLE, Parts, budget
 
 SHARE = 0.25
 """Of a device's memory, for the stores that wait there."""
@@ -37,31 +37,50 @@ class Join:
     """Whether the encoder looks at the age of entries."""
     residency: Residency = "auto"
 
-    def batch(self, rows: np.ndarray) -> dict[str, Any]:
-        """`slices` by key: `end_B`, `length_B` int32 and `slot_T`, whose length is the token
-        budget of this batch, and `entries` [T, ...] of stores that stay on the host; `seconds_B`
-        int32."""
+    def batch(self, rows: np.ndarray, parts: Parts = WHOLE) -> dict[str, Any]:
+        """`slices` by key: `end_B`, `length_B` int32 and `slot_PS`, whose size is the token
+        budget of this batch, and `entries` [P, S, ...] of stores that stay on the host;
+        `seconds_B` int32.
+
+        Args:
+          rows: of the whole batch.
+          parts: how it is laid out, and what of it is wanted.
+        """
         known = rows >= self.first
         example = np.where(known, rows - self.first, 0)
-        seconds = (self.inputs.log["time"][rows] - self.histories.start_ms) // 1000
+        time_B = self.inputs.log["time"][parts.mine(rows)]
+        seconds = (time_B - self.histories.start_ms) // 1000
         return {
             "slices": {
-                key: self._slices(self.histories.stores[key], example, known)
+                key: self._slices(self.histories.stores[key], example, known, parts)
                 for key in self.reading.keys
             },
             "seconds_B": seconds.astype(np.int32),
         }
 
-    def _slices(self, store: Store, example: np.ndarray, known: np.ndarray) -> dict[str, Any]:
+    def _slices(
+        self, store: Store, example: np.ndarray, known: np.ndarray, parts: Parts
+    ) -> dict[str, Any]:
         length_B = np.where(known, store.length[example], 0).astype(np.int32)
-        slots = budget(length_B, longest=self.histories.longest)
-        end_B = store.end[example].astype(np.int32)
-        found = {"end_B": end_B, "length_B": length_B, "slot_T": np.zeros(slots, np.uint8)}
+        slots = budget(length_B, longest=self.histories.longest, parts=parts.count)
+        length_B = parts.mine(length_B)
+        end_B = store.end[parts.mine(example)].astype(np.int32)
+        slot_PS = np.zeros((len(parts.own), slots // parts.count), np.uint8)
+        found = {"end_B": end_B, "length_B": length_B, "slot_PS": slot_PS}
         if self.on_device:
             return found
         row_T = token_rows(end_B, length_B)
-        entries = self._entries(store, lambda x: _gather(x, row_T, slots=slots))
-        return found | {"entries": replace(entries, gathered=True)}
+
+        def gather(values: np.ndarray) -> np.ndarray:
+            return parts.deal(
+                lambda tokens, out: values.take(row_T[tokens], axis=0, out=out, mode="clip"),
+                length_B,
+                slots=slots,
+                shape=values.shape[1:],
+                dtype=values.dtype,
+            )  # mode: `raise` takes a copy
+
+        return found | {"entries": replace(self._entries(store, gather), gathered=True)}
 
     @cached_property
     def on_device(self) -> bool:
@@ -79,9 +98,7 @@ class Join:
         """What the step reads besides batches: the stores that wait on the devices."""
         stores = {key: self.histories.stores[key] for key in self.reading.keys}
         entries = {k: self._entries(s, np.asarray) for k, s in stores.items() if self.on_device}
-        return jax.device_put(
-            Past(entries, dict(self.reading.codecs)), sharding.split(mesh, "entries")
-        )
+        return sharding.everywhere(mesh, Past(entries, dict(self.reading.codecs)))
 
     def _entries(self, store: Store, pick: Callable[[np.ndarray], np.ndarray]) -> Entries:
         """`pick` of every column that is read."""
@@ -99,7 +116,7 @@ class Join:
     def _ids(self, row: np.ndarray) -> np.ndarray:
         names = [f.name for f in self.inputs.schema.categorical]
         columns = [names.index(name) for name in self.reading.raw]
-        return self.inputs.log["ids"][self.first + row][:, columns]
+        return self.inputs.log["ids"][self.first + row][..., columns]
 
 
 def token_rows(end_B: np.ndarray, length_B: np.ndarray) -> np.ndarray:
@@ -107,14 +124,6 @@ def token_rows(end_B: np.ndarray, length_B: np.ndarray) -> np.ndarray:
     stop_B = np.cumsum(length_B, dtype=np.int64)
     newest_B = end_B - 1 + stop_B - length_B
     return np.repeat(newest_B, length_B) - np.arange(stop_B[-1] if len(stop_B) else 0)
-
-
-def _gather(values: np.ndarray, rows: np.ndarray, *, slots: int) -> np.ndarray:
-    """`values[rows]`, filled up by zeros to so many."""
-    found = np.zeros((slots, *values.shape[1:]), values.dtype)
-    if len(rows):
-        values.take(rows, axis=0, out=found[: len(rows)], mode="clip")  # `raise` takes a copy
-    return found
 
 
 def device_bytes() -> int:

@@ -46,11 +46,12 @@ class Entries:
     soft: Array | None
     longest: int = struct.field(pytree_node=False)
     gathered: bool = struct.field(pytree_node=False, default=False)
-    """One row per token of a batch, instead of [S]."""
+    """One row per token of a batch, [P,S], instead of [S]."""
 
     def at(self, values: Array, tokens: Tokens) -> jax.Array:
         """The rows of the tokens, [T, ...]."""
-        return jnp.asarray(values) if self.gathered else jnp.asarray(values)[tokens.row_T]
+        values = jnp.asarray(values)
+        return values.reshape(-1, *values.shape[2:]) if self.gathered else values[tokens.row_T]
 
 
 @struct.dataclass
@@ -161,7 +162,7 @@ class Readers(nnx.Module):
         lookup: Callable[[jax.Array], jax.Array],
     ) -> jax.Array:
         """Args:
-        batch: `slices` by key (`end_B`, `length_B`, `slot_T`) and `seconds_B`.
+        batch: `slices` by key (`end_B`, `length_B`, `slot_PS`) and `seconds_B`.
         embedded: the batch's features.
         past: the stores.
         lookup: fused ids -> rows of the model's table.
@@ -218,8 +219,9 @@ class Readers(nnx.Module):
         tokens = pack(
             found["end_B"],
             found["length_B"],
-            slots=len(found["slot_T"]),
+            slots=found["slot_PS"].size,
             longest=entries.longest,
+            parts=len(found["slot_PS"]),
         )
         if entries.seconds is None:
             return tokens

@@ -108,7 +108,12 @@ class Pace:
 def source_of(subject: Subject | Taught) -> GlobalBatches:
     """One pass over the examples."""
     order = subject.config.train.order
-    return GlobalBatches(subject.rows, subject.examples.batch, config=replace(order, epochs=1))
+    return GlobalBatches(
+        subject.rows,
+        subject.examples.batch,
+        config=replace(order, epochs=1),
+        parts=sharding.parts(subject.mesh),
+    )
 
 
 def every_shape(source: GlobalBatches) -> list[Batch]:

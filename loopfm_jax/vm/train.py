@@ -19,6 +19,7 @@ from loopfm_jax.history.encoders import TIMED
 from loopfm_jax.history.join import Join
 from loopfm_jax.history.keys import key_values
 from loopfm_jax.history.reader import Past, Reading, raw_fields
+from loopfm_jax.history.rowfile import RowFile
 from loopfm_jax.history.store import (
     Exported,
     Residency,
@@ -27,6 +28,7 @@ from loopfm_jax.history.store import (
     swapped,
 )
 from loopfm_jax.inputs import Inputs, open_inputs
+from loopfm_jax.packing import WHOLE, Parts
 from loopfm_jax.vm.methods import Method
 from loopfm_jax.vm.student import Student, VMConfig, now_taps
 
@@ -41,24 +43,24 @@ class Examples:
     exported: Exported | None
     join: Join | None
 
-    def batch(self, rows: np.ndarray) -> dict[str, Any]:
+    def batch(self, rows: np.ndarray, parts: Parts = WHOLE) -> dict[str, Any]:
         """Features, and for the open channels `teacher_B`, `codes` [B, columns] by tap, and what
         `history.join.Join.batch` brings."""
-        batch: dict[str, Any] = dict(self.inputs.batch(rows))
+        batch: dict[str, Any] = dict(self.inputs.batch(rows, parts))
         if self.exported is not None:
-            example = rows - self.exported.facts["first"]
+            example = parts.mine(rows) - self.exported.facts["first"]
             if {"kd", "adapter"} & set(self.method.heads):
                 batch["teacher_B"] = self.exported.soft[example]
             taps = set(now_taps(self.method, self.reading).values())
             if taps:
                 batch["codes"] = {tap: self.exported.codes[tap][example] for tap in sorted(taps)}
-        return batch | (self.join.batch(rows) if self.join else {})
+        return batch | (self.join.batch(rows, parts) if self.join else {})
 
     def past(self, mesh: Mesh) -> Past:
         """What waits on the device."""
         if self.join is not None:
             return self.join.past(mesh)
-        return jax.device_put(Past({}, dict(self.reading.codecs)), sharding.split(mesh, "entries"))
+        return sharding.everywhere(mesh, Past({}, dict(self.reading.codecs)))
 
 
 @dataclass(frozen=True)
@@ -176,12 +178,7 @@ def train_vm(
         title=title,
     )
     judged = examples.inputs.rows(holdout)
-    prediction = np.lib.format.open_memmap(
-        directory / "prediction.npy",
-        mode="w+",
-        dtype=np.float32,
-        shape=(len(judged),),
-    )
+    prediction = RowFile(directory / "prediction.npy", shape=(len(judged),), dtype=np.float32)
     infer.run(
         trained.model,
         _predict,
@@ -192,8 +189,9 @@ def train_vm(
         mesh=mesh,
         constants=past,
         title=f"{title} {holdout}",
+        written="once",
     )
-    prediction.flush()
+    prediction.close()
     checkpoint.save_model(trained.model, directory)
     checkpoint.discard(directory)
     return {
