@@ -25,6 +25,8 @@ from loopfm_jax.sharding import ALL
 ROWS, IDS = PartitionSpec(ALL, None), PartitionSpec("data")
 OWN = PartitionSpec(ALL)
 """What every device has of its own."""
+SORTED: dict[str, Any] = {"mode": "drop", "indices_are_sorted": True}
+"""Of a scatter: accelerators sort before they scatter, unless they are told that it was done."""
 
 
 class Wanted(NamedTuple):
@@ -34,6 +36,8 @@ class Wanted(NamedTuple):
     """Every row once, ascending, then a number that is no row's."""
     place_n: jax.Array
     """Where among them a lookup's row stands; n for padding, which nobody is asked for."""
+    order_n: jax.Array
+    """Lookups in the order of these places."""
 
 
 def applies(rows_VE: jax.Array, ids: Sequence[jax.Array]) -> bool:
@@ -74,7 +78,7 @@ def _backward(kept: Any, gradients: list[jax.Array]) -> tuple[jax.Array, None]:
         shard_RE = jnp.zeros((len(rows_VE) // devices, rows_VE.shape[1]), rows_VE.dtype)
 
         def add(row_M: jax.Array, gradient_ME: jax.Array, shard_RE: jax.Array) -> jax.Array:
-            return shard_RE.at[row_M].add(gradient_ME, mode="drop")
+            return shard_RE.at[row_M].add(gradient_ME, **SORTED)
 
         return _sweep(add, wanted, gradients, shard_RE, rows=len(shard_RE))
 
@@ -96,7 +100,7 @@ def learn(
 
     Args:
       visit: (row numbers [M] of the owner's shard, gradients [M,E], own, shared) -> own, pass after
-        pass; a number out of bounds is no row, and no row is in two passes.
+        pass; numbers ascend, each row's once and in one pass; those out of bounds are no rows.
       wanted: of `fetch`.
       gradients: by what `fetch` found.
       own: a tree of arrays [V,X], split by rows, and of zeros, to which every owner adds.
@@ -119,15 +123,20 @@ def _on_every_device(f: Callable[..., Any], given: Any, found: Any) -> Callable[
 
 
 def sort(ids_n: jax.Array, *, none: int) -> Wanted:
-    """Every id once; `none` fills up."""
-    order_n = jnp.argsort(ids_n)
-    sorted_n = ids_n[order_n]
-    new_n = (sorted_n > 0) & (sorted_n != jnp.roll(sorted_n, 1).at[0].set(0))
-    rank_n = jnp.cumsum(new_n) - 1
-    first_n = jnp.where(new_n, rank_n, len(ids_n))
-    once_n = jnp.full_like(ids_n, none).at[first_n].set(sorted_n, mode="drop")
-    place_n = jnp.where(sorted_n > 0, rank_n, len(ids_n)).astype(jnp.int32)
-    return Wanted(once_n, jnp.zeros_like(place_n).at[order_n].set(place_n))
+    """Every id above 0 once; `none`, which is above all of them, fills up."""
+    key_n = jnp.where(ids_n > 0, ids_n, none)
+    order_n = jnp.argsort(key_n)
+    sorted_n = key_n[order_n]
+    new_n = sorted_n != jnp.roll(sorted_n, 1).at[0].set(0)
+    rank_n = jnp.where(sorted_n < none, jnp.cumsum(new_n, dtype=jnp.int32) - 1, len(ids_n))
+    once_n = jnp.full_like(ids_n, none).at[rank_n].set(sorted_n, **SORTED)
+    return Wanted(once_n, jnp.zeros_like(rank_n).at[order_n].set(rank_n), order_n)
+
+
+def add_up(gradient_nE: jax.Array, wanted: Wanted) -> jax.Array:
+    """Of lookups -> of `wanted.ids_n`."""
+    gradient_nE, place_n = gradient_nE[wanted.order_n], wanted.place_n[wanted.order_n]
+    return jnp.zeros_like(gradient_nE).at[place_n].add(gradient_nE, **SORTED)
 
 
 class _Passes:
@@ -192,15 +201,14 @@ def _sweep(
     visit: Callable[..., Any], wanted: Wanted, gradients: list[jax.Array], own: Any, *, rows: int
 ) -> Any:
     """`visit` of what all devices have for the owner's rows, pass after pass."""
-    by_lookup_nE = _own_share(gradients, inner=1)
-    by_row_nE = jnp.zeros_like(by_lookup_nE).at[wanted.place_n].add(by_lookup_nE, mode="drop")
+    by_row_nE = add_up(_own_share(gradients, inner=1), wanted)
 
     def one(place_DC: jax.Array, row_DC: jax.Array, own: Any) -> Any:
         sent_DCE = by_row_nE.at[place_DC].get(mode="fill", fill_value=0)
-        received_DCE = _swap(sent_DCE)
-        return visit(
-            _swap(row_DC).reshape(-1), received_DCE.reshape(-1, received_DCE.shape[-1]), own
-        )
+        row_M, received_DCE = _swap(row_DC).reshape(-1), _swap(sent_DCE)
+        once = sort(row_M + 1, none=rows + 1)
+        by_row_ME = add_up(received_DCE.reshape(len(row_M), -1), once)
+        return visit(once.ids_n - 1, by_row_ME, own)
 
     return _Passes(wanted.ids_n, rows).run(one, own)
 

@@ -173,8 +173,9 @@ class MergedHere(NamedTuple):
         return jnp.square(self.rows_NE).sum()
 
     def learn(self, rule: Rule, state: Any, scale: jax.Array, count: jax.Array) -> Learned:
-        rows_NE = scale * self.rows_NE
-        table_VE, state = step(rule, state, self.table_VE, self.ids_N, rows_NE, count)
+        told = {"ids": self.ids_N, "count": count}
+        updates, state = rule.update(scale * self.rows_NE, state, self.table_VE, **told)
+        table_VE = self.table_VE.at[self.ids_N].add(updates, mode="drop")
         return Learned(table_VE, state, self.scratch_V1)
 
 
@@ -201,46 +202,32 @@ class MergedSpread(NamedTuple):
     scratch_V1: jax.Array
     l2: float
 
-    def _merge(
-        self, row_M: jax.Array, gradient_ME: jax.Array, table_RE: jax.Array, scratch_R1: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        row_M, gradient_ME, scratch_R1 = merge(row_M, gradient_ME, scratch_R1)
-        penalty_ME = self.l2 * table_RE.at[row_M].get(mode="fill", fill_value=0)
-        return row_M, gradient_ME + penalty_ME, scratch_R1
+    def _with_penalty(
+        self, row_M: jax.Array, gradient_ME: jax.Array, table_RE: jax.Array
+    ) -> jax.Array:
+        return gradient_ME + self.l2 * table_RE.at[row_M].get(mode="fill", fill_value=0)
 
     @property
     def square(self) -> jax.Array:
         def visit(row_M: jax.Array, gradient_ME: jax.Array, own: Any, *, shared: Any) -> Any:
-            table_RE, scratch_R1, square = own
-            _, gradient_ME, scratch_R1 = self._merge(row_M, gradient_ME, table_RE, scratch_R1)
-            return table_RE, scratch_R1, square + jnp.square(gradient_ME).sum()
+            table_RE, square = own
+            gradient_ME = self._with_penalty(row_M, gradient_ME, table_RE)
+            return table_RE, square + jnp.square(gradient_ME).sum()
 
-        own = self.table_VE, self.scratch_V1, jnp.zeros((), self.table_VE.dtype)
-        return exchange.learn(visit, self.wanted, self.gradients, own, ())[2]
+        own = self.table_VE, jnp.zeros((), self.table_VE.dtype)
+        return exchange.learn(visit, self.wanted, self.gradients, own, ())[1]
 
     def learn(self, rule: Rule, state: Any, scale: jax.Array, count: jax.Array) -> Learned:
         def visit(row_M: jax.Array, gradient_ME: jax.Array, own: Any, *, shared: Any) -> Any:
-            table_RE, state, scratch_R1 = own
+            table_RE, state = own
             scale, count = shared
-            row_M, gradient_ME, scratch_R1 = self._merge(row_M, gradient_ME, table_RE, scratch_R1)
-            table_RE, state = step(rule, state, table_RE, row_M, scale * gradient_ME, count)
-            return table_RE, state, scratch_R1
+            gradient_ME = scale * self._with_penalty(row_M, gradient_ME, table_RE)
+            updates, state = rule.update(gradient_ME, state, table_RE, ids=row_M, count=count)
+            return table_RE.at[row_M].add(updates, **exchange.SORTED), state
 
-        own = self.table_VE, state, self.scratch_V1
-        return Learned(*exchange.learn(visit, self.wanted, self.gradients, own, (scale, count)))
-
-
-def step(
-    rule: Rule,
-    state: Any,
-    table_VE: jax.Array,
-    ids_N: jax.Array,
-    rows_NE: jax.Array,
-    count: jax.Array,
-) -> tuple[jax.Array, Any]:
-    """The table and the rule's state after the gradients [N,E] of the rows `ids`."""
-    updates, state = rule.update(rows_NE, state, table_VE, ids=ids_N, count=count)
-    return table_VE.at[ids_N].add(updates, mode="drop"), state
+        own = self.table_VE, state
+        found = exchange.learn(visit, self.wanted, self.gradients, own, (scale, count))
+        return Learned(*found, self.scratch_V1)
 
 
 def merge(

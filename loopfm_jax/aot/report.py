@@ -98,6 +98,8 @@ def seconds(row: Found) -> str:
 
 def summary(row: Found) -> str:
     """A line for people."""
-    said = f"{FITS[row.get('fits')][1]}{row['total_bytes'] / GIB:.2f} GiB and {row['collective_bytes'] / 1e6:,.1f} MB"
-    said += " of collectives a device"
+    held, received = row["total_bytes"] / GIB, row["collective_bytes"] / 1e6
+    said = (
+        f"{FITS[row.get('fits')][1]}{held:.2f} GiB and {received:,.1f} MB of collectives a device"
+    )
     return said + (f", a step {seconds(row)} by estimate" if "at_best_s" in row else "")
