@@ -6,14 +6,12 @@ import logging
 import math
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import tyro
 
 from loopfm_jax import __version__, processes, report, results, stages
@@ -21,10 +19,9 @@ from loopfm_jax.aot import make as compiling
 from loopfm_jax.auto import resolve
 from loopfm_jax.bench.make import bench
 from loopfm_jax.config import Config, as_json, load
-from loopfm_jax.data.batches import GlobalBatches, OrderConfig, iterate
 from loopfm_jax.errors import UserError, disk_message
 from loopfm_jax.flow import Flow
-from loopfm_jax.inputs import open_inputs
+from loopfm_jax.inputs import assembly_rate
 from loopfm_jax.progress import say
 from loopfm_jax.scale import make as scaling
 from loopfm_jax.sharding import make_mesh
@@ -41,7 +38,7 @@ def prepare(flow: Flow) -> dict[str, Any]:
     dropped = facts["rows"]["duplicates_dropped"]
     if dropped:
         say(f"prepare: dropped {dropped:,} exact duplicate rows")
-    rate = processes.first(lambda: _input_rate(flow))
+    rate = processes.first(lambda: assembly_rate(flow.data))
     say(f"input: {rate / 1e6:.1f} M rows/s into host batches")
     return facts
 
@@ -312,16 +309,6 @@ def _quiet() -> None:
 def _no_traceback(record: logging.LogRecord) -> bool:
     """Orbax logs with a traceback what it then raises in the thread that waits for it."""
     return not record.exc_info
-
-
-def _input_rate(flow: Flow) -> float:
-    """Rows/s of the FM's input pipeline on the FM window, assembled into host batches."""
-    inputs = open_inputs(flow.data, reader="vm", behaviours=False)
-    rows = inputs.rows("fm")
-    batches = GlobalBatches(np.resize(rows, 500_000), inputs.batch, config=OrderConfig(batch=4096))
-    started = time.monotonic()
-    count = sum(len(batch["label_B"]) for batch in iterate(batches))
-    return count / (time.monotonic() - started)
 
 
 def _without_curve(manifest: stages.Report) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Each function makes one stage unless it is up to date, and returns its manifest.
 place where FM and VM are in one room; they meet through what is on disk.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +19,10 @@ from loopfm_jax.fm.export import export
 from loopfm_jax.fm.train import train_fm
 from loopfm_jax.history.keys import key_values
 from loopfm_jax.history.store import open_export, structure
+from loopfm_jax.identity import digest
 from loopfm_jax.progress import say
 from loopfm_jax.sharding import make_mesh
-from loopfm_jax.stages import Report, Stage
+from loopfm_jax.stages import Report, Stage, Work
 from loopfm_jax.vm.methods import find_method
 from loopfm_jax.vm.train import Examples, Sources, open_examples, train_vm
 
@@ -71,7 +72,7 @@ class Flow:
             directory = self.root / FOLDERS[self.taught_by] / folder
         else:
             inputs = {name: path.name for name, path in more.get("inputs", {}).items()}
-            directory = self.root / command / stages.digest({"config": config, "inputs": inputs})
+            directory = self.root / command / digest({"config": config, "inputs": inputs})
         return Stage(command, directory, config, **more)
 
     @property
@@ -178,8 +179,7 @@ class Flow:
                 directory=directory,
             )
 
-        sources = processes.first(source.fingerprint)
-        return self.make(replace(self._prepare, sources=sources), work)
+        return self.make(replace(self._prepare, sources=processes.first(source.fingerprint)), work)
 
     def train_fm(self) -> Report:
         stage = self._train_fm
@@ -287,9 +287,7 @@ class Flow:
 
         return self.make(self._train_vm(method, seed, histories), work, together=True)
 
-    def make(
-        self, stage: Stage, work: Callable[[Path], Report], *, together: bool = False
-    ) -> Report:
+    def make(self, stage: Stage, work: Work, *, together: bool = False) -> Report:
         """The manifest of a stage, which is made unless it is up to date."""
         force = self.config.force and stage.directory not in self.redone
         self.redone.add(stage.directory)

@@ -4,12 +4,13 @@ Where a data set has no behaviour sequences, a backbone that reads them (DMIN) g
 earlier positive items, found by the same structuring code as LoopFM's histories.
 """
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from loopfm_jax.data.batches import Batch, Order
+from loopfm_jax.data.batches import Batch, GlobalBatches, Order, OrderConfig, iterate
 from loopfm_jax.data.log import Events, Log, LogResidency, load
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.errors import UserError
@@ -151,3 +152,13 @@ def _with_past(log: Log) -> tuple[Log, np.ndarray | None]:
         },
     )
     return log, logged_ms[past.order]
+
+
+def assembly_rate(directory: Path) -> float:
+    """Rows/s of a prepared log's FM window, assembled into host batches of a VM."""
+    inputs = open_inputs(directory, reader="vm", behaviours=False)
+    rows = np.resize(inputs.rows("fm"), 500_000)
+    batches = GlobalBatches(rows, inputs.batch, config=OrderConfig(batch=4096))
+    started = time.monotonic()
+    count = sum(len(batch["label_B"]) for batch in iterate(batches))
+    return count / (time.monotonic() - started)

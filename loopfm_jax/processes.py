@@ -103,9 +103,10 @@ def start(config: ProcessesConfig) -> None:
     try:
         jax.distributed.initialize(**known, heartbeat_timeout_seconds=config.deadline_s)
     except (RuntimeError, ValueError) as error:
+        where = "by themselves" if config.coordinator == AUTO else f"at {config.coordinator}"
         raise UserError(
-            f"the processes did not come together at {config.coordinator} ({error}): start all of "
-            "them with the same --processes.coordinator and --processes.count"
+            f"the processes did not come together {where} ({error}): start all of them with the "
+            "same --processes.coordinator HOST:PORT and --processes.count, and an index each"
         ) from None
     _group.count, _group.index = jax.process_count(), jax.process_index()
     threading.Thread(target=_listen, daemon=True).start()

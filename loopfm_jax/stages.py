@@ -5,7 +5,6 @@ configuration, the content hash of every input's manifest and sha256 and size of
 flipped bit, a half-copied folder or a mix of two runs is found before a model reads it.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from typing import Any
 
 from loopfm_jax import processes
 from loopfm_jax.errors import UserError
+from loopfm_jax.identity import as_stored, differences, fingerprints, long_digest, sha256
 
 MANIFEST = "manifest.json"
 MARK, CHECKPOINTS = "attempt.json", "checkpoints"
@@ -35,6 +35,8 @@ SHARED_S = 120
 """After which a file that another machine has written must be seen."""
 
 Report = dict[str, Any]
+Work = Callable[[Path], Report]
+"""Fills a folder and returns the facts about it."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Stage:
 
 
 def run(
-    stage: Stage, work: Callable[[Path], Report], *, force: bool = False, together: bool = False
+    stage: Stage, work: Work, *, force: bool = False, together: bool = False
 ) -> tuple[Report, bool]:
     """Makes the stage unless it is up to date; of several processes, the first alone looks at what
     is there and puts the result in its place.
@@ -95,7 +97,7 @@ def _look(stage: Stage, *, force: bool) -> tuple[Report | None, Report]:
     _refuse_foreign(stage.directory)
     made_from = {name: verify(path)["content"] for name, path in stage.inputs.items()}
     made_from |= stage.sources
-    identity = {"config": _as_stored(stage.config), "inputs": made_from}
+    identity = {"config": as_stored(stage.config), "inputs": made_from}
     if (stage.directory / MANIFEST).exists() and not force:
         manifest = _read(stage.directory)
         _same_config(stage, manifest["config"], identity["config"])
@@ -104,9 +106,7 @@ def _look(stage: Stage, *, force: bool) -> tuple[Report | None, Report]:
     return None, identity
 
 
-def _make(
-    stage: Stage, work: Callable[[Path], Report], identity: Report, *, together: bool
-) -> Report:
+def _make(stage: Stage, work: Work, identity: Report, *, together: bool) -> Report:
     """Works in the hidden folder, and removes it on failure unless there is a way to go on."""
     started = time.monotonic()
     try:
@@ -133,7 +133,7 @@ def _finish(stage: Stage, identity: Report, facts: Report, started: float) -> Re
         "input_paths": _relative(stage.inputs, stage.directory),
         "facts": facts,
         "versions": {name: version(name) for name in PACKAGES},
-        "files": _fingerprints(stage.partial),
+        "files": fingerprints(stage.partial),
         "measured": {"seconds": round(time.monotonic() - started, 3), **measured},
     }
     manifest = _sealed(made)
@@ -202,20 +202,15 @@ def require(stage: Stage) -> Report:
       UserError: it is not.
     """
     manifest = verify(stage.directory)
-    _same_config(stage, manifest["config"], _as_stored(stage.config))
+    _same_config(stage, manifest["config"], as_stored(stage.config))
     return manifest
-
-
-def _as_stored(value: Any) -> Any:
-    """A JSON value as a manifest holds it: tuples are lists, paths are text."""
-    return json.loads(json.dumps(value, default=str))
 
 
 def _manifest(directory: Path) -> Report:
     """The manifest, if it is as it was written; the files are not looked at."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
-        intact = _digest({k: v for k, v in manifest.items() if k != "seal"}) == manifest["seal"]
+        intact = long_digest({k: v for k, v in manifest.items() if k != "seal"}) == manifest["seal"]
     except (ValueError, KeyError, TypeError, AttributeError):
         intact, manifest = False, {}
     if not intact:
@@ -247,15 +242,6 @@ def _same_config(stage: Stage, old: Mapping[str, Any], new: Mapping[str, Any]) -
             f"{stage.directory} was made with another configuration ({'; '.join(changed[:4])}): "
             "use another --workdir, or --force to redo it"
         )
-
-
-def differences(old: Any, new: Any, at: str = "") -> list[str]:
-    """`path: old, now new` for every leaf of two JSON values that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted({*old, *new})
-        found = [differences(old.get(k), new.get(k), f"{at}.{k}" if at else k) for k in keys]
-        return [line for lines in found for line in lines]
-    return [] if old == new else [f"{at} was {old!r}, now {new!r}"]
 
 
 def _refuse_foreign(directory: Path) -> None:
@@ -306,30 +292,8 @@ def _relative(inputs: Mapping[str, Path], directory: Path) -> dict[str, str]:
     return {name: os.path.relpath(path, directory) for name, path in inputs.items()}
 
 
-def _fingerprints(directory: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(p for p in directory.rglob("*") if p.is_file())
-    return {
-        str(p.relative_to(directory)): {"sha256": sha256(p), "bytes": p.stat().st_size}
-        for p in files
-    }
-
-
 def _sealed(manifest: Report) -> Report:
     """As it will be read again, with its identity (`content`) and a hash of all of it (`seal`)."""
     manifest = json.loads(json.dumps(manifest))
-    manifest["content"] = _digest({name: manifest[name] for name in COUNTED})
-    return manifest | {"seal": _digest(manifest)}
-
-
-def digest(value: Any) -> str:
-    """A short name for a JSON value."""
-    return _digest(_as_stored(value))[:12]
-
-
-def _digest(value: Report) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    manifest["content"] = long_digest({name: manifest[name] for name in COUNTED})
+    return manifest | {"seal": long_digest(manifest)}

@@ -105,3 +105,9 @@ def test_no_collective_is_of_a_tables_size(shape, fsdp, folder):
     sent = collectives(steps(shape, folder, fsdp=fsdp).hlo)
     assert sent and max(sent) < table / 2, (max(sent), table)
     assert collectives(f"x = f32[{table}] all-gather(y)") == [table]
+
+
+def test_a_step_sends_rows_and_gradients_and_no_tokens(folder):
+    """13 collectives; 25 where tokens do not lie where their examples lie."""
+    sent = collectives(steps((8, 1), folder).hlo)
+    assert len(sent) < 18, sent

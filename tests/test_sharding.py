@@ -10,10 +10,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from mesh_steps import steps
 
-from loopfm_jax import checkpoint, loop, sharding
+from loopfm_jax import checkpoint, loop, processes, sharding
 from loopfm_jax.backbones import build
 from loopfm_jax.data.batches import GlobalBatches, OrderConfig, iterate
 from loopfm_jax.errors import UserError
+from loopfm_jax.packing import Parts
 from loopfm_jax.sharding import FSDP, MeshConfig, make_mesh
 
 MESH = (4, 2)
@@ -82,6 +83,19 @@ def test_a_size_that_does_not_divide_names_its_axis_and_what_to_do():
     assert place("dnn/layers/0/kernel", 3, 8, fsdp=True)["dnn/layers/0/kernel"].spec == FSDP
     with pytest.raises(UserError, match=r"batch\['ids'\]: 6 examples .* mesh.data = 4"):
         loop.put({"ids": np.zeros((6, 2))}, mesh)
+
+
+def test_no_process_is_left_without_a_part(monkeypatch):
+    monkeypatch.setattr(processes, "many", lambda: True)
+    with pytest.raises(UserError, match="has 4 of 8 devices, .* raise --mesh.data"):
+        make_mesh(MeshConfig(2, 2))
+    mesh = make_mesh(MeshConfig(*MESH))
+    assert sharding.parts(mesh) == Parts(4, (0, 1, 2, 3))
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert sharding.parts(mesh) == Parts(4, ())
+    monkeypatch.setattr(processes, "alone", lambda: True)
+    with pytest.raises(UserError, match="left to train"):
+        make_mesh(MeshConfig(*MESH))
 
 
 @pytest.mark.parametrize("onto", [(1, 1), (8, 1), (1, 8)])

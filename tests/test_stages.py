@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from loopfm_jax import stages
+from loopfm_jax import processes, stages
 from loopfm_jax.errors import UserError
-from loopfm_jax.stages import Report, Stage, differences, run, verify
+from loopfm_jax.identity import differences
+from loopfm_jax.stages import Report, Stage, run, verify
 
 ALL = ["data/b.txt", "data/deep/a.bin", "data/manifest.json"]
 
@@ -296,3 +297,10 @@ def test_a_process_killed_between_the_renames(tmp_path, forget):
         verify(stage.directory)
     assert run(stage, Work("new"))[1]
     assert files_in(tmp_path) == ALL
+
+
+def test_a_process_that_does_not_see_what_another_has_made(monkeypatch, tmp_path):
+    monkeypatch.setattr(processes, "leads", lambda: False)
+    monkeypatch.setattr(stages, "SHARED_S", 0)
+    with pytest.raises(UserError, match="file system that all processes share"):
+        stages._see(tmp_path / "data", {"seal": "of another place"})

@@ -18,7 +18,7 @@ from loopfm_jax.data.files import find_file, find_table
 from loopfm_jax.data.raw import Card, Pretrained, RawLog, Windows
 from loopfm_jax.data.schema import Behaviour
 from loopfm_jax.errors import UserError, check_limits
-from loopfm_jax.stages import sha256
+from loopfm_jax.identity import sha256
 
 HUB = "https://huggingface.co/datasets/reczoo/"
 VISUAL = "item_visual_emb_dim64.h5"

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from loopfm_jax.errors import UserError
+from loopfm_jax.identity import sha256
 from loopfm_jax.progress import track
-from loopfm_jax.stages import sha256
 
 CHUNK = 1 << 20
 ARCHIVE = "archive.tar.gz"

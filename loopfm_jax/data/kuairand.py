@@ -16,7 +16,7 @@ from loopfm_jax.data.download import fetch_archive
 from loopfm_jax.data.files import drop_duplicates, find_table, read_csv
 from loopfm_jax.data.raw import Card, Column, RawLog, Windows
 from loopfm_jax.errors import UserError
-from loopfm_jax.stages import sha256
+from loopfm_jax.identity import sha256
 
 URL = "https://zenodo.org/records/10439422/files/KuaiRand-Pure.tar.gz"
 STANDARD_ROWS = 1_436_609

@@ -11,7 +11,7 @@ import polars as pl
 from loopfm_jax.data.files import concat, drop_duplicates, read_table
 from loopfm_jax.data.raw import Card, Column, RawLog, Windows
 from loopfm_jax.errors import UserError
-from loopfm_jax.stages import sha256
+from loopfm_jax.identity import sha256
 
 MS_PER = {"s": 1000.0, "ms": 1.0}
 PER_MS = {"us": 1000, "ns": 1_000_000}

@@ -19,7 +19,7 @@ from loopfm_jax.data.files import find_table, reading, scan_csv
 from loopfm_jax.data.raw import Card, Column, Events, RawLog, Windows
 from loopfm_jax.data.schema import Behaviour
 from loopfm_jax.errors import UserError, check_limits
-from loopfm_jax.stages import sha256
+from loopfm_jax.identity import sha256
 
 FILES = ("raw_sample", "ad_feature", "user_profile", "behavior_log")
 BTAGS = pl.Enum(["pv", "cart", "fav", "buy"])

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from loopfm_jax import memory, sharding
+from loopfm_jax import memory, processes, sharding
 from loopfm_jax.history.reader import Entries, Past, Reading
 from loopfm_jax.history.store import Histories, Residency, Store
 from loopfm_jax.inputs import Inputs
@@ -84,7 +84,7 @@ class Join:
 
     @cached_property
     def on_device(self) -> bool:
-        """Where the stores wait."""
+        """Where the stores wait: in every process alike, as the step depends on it."""
         if self.residency != "auto":
             return self.residency == "device"
         size = 0
@@ -92,7 +92,7 @@ class Join:
             store = self.histories.stores[key]
             one = self._entries(store, lambda x: x[:1])
             size += len(store.row) * sum(x.nbytes for x in jax.tree.leaves(one))
-        return size <= SHARE * device_bytes()
+        return processes.first(lambda: size <= SHARE * device_bytes())
 
     def past(self, mesh: Mesh) -> Past:
         """What the step reads besides batches: the stores that wait on the devices."""

@@ -11,13 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from loopfm_jax import stages
 from loopfm_jax.bench.child import PACKAGES, Child, Failed, versions
 from loopfm_jax.bench.data import write_log
 from loopfm_jax.bench.make import LIMITS, device_name
 from loopfm_jax.bench.measure import Watch
 from loopfm_jax.bench.rows import LogSpec
 from loopfm_jax.errors import UserError
+from loopfm_jax.identity import digest
 from loopfm_jax.progress import say
 from loopfm_jax.report import finite, replace_file
 from loopfm_jax.scale.config import ScaleConfig
@@ -76,7 +76,7 @@ class Machine:
     def kept(self, point: Point) -> Path:
         """The file of a point's result, named by everything that decides it."""
         asked = (point.spec, self.config.examples, self.config.seconds, self.config.steps)
-        told = stages.digest((*asked, point.table_rows, self.facts, versions(PACKAGES)))
+        told = digest((*asked, point.table_rows, self.facts, versions(PACKAGES)))
         return self.folder / f"{point.sweep}-{short(point.target)}-{told}.json"
 
 
@@ -134,7 +134,7 @@ def _find(path: Path) -> Result | None:
     """A kept result that is as it was written; one that is damaged is measured again."""
     try:
         kept = json.loads(path.read_text())
-        return kept["result"] if kept["seal"] == stages.digest(kept["result"]) else None
+        return kept["result"] if kept["seal"] == digest(kept["result"]) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -170,7 +170,7 @@ def _measure(machine: Machine, point: Point, scratch: Path) -> Result | LeftOut:
                 "disturbed": watch.others(),
             }
         )
-    kept = {"result": result, "seal": stages.digest(result)}
+    kept = {"result": result, "seal": digest(result)}
     replace_file(machine.kept(point), json.dumps(kept, indent=1) + "\n")
     return result
 

@@ -17,6 +17,7 @@ from loopfm_jax.auto import AUTO, resolve
 from loopfm_jax.config import as_json
 from loopfm_jax.data.log import Log, load
 from loopfm_jax.flow import Flow
+from loopfm_jax.identity import digest
 from loopfm_jax.metrics import Metrics, measure, row_loss
 from loopfm_jax.progress import say
 from loopfm_jax.study.cells import Table, changed
@@ -54,7 +55,7 @@ def run(flow: Flow, tables: Iterable[Table]) -> Results:
     for i, (name, cell) in enumerate(cells):
         own = replace(flow, config=changed(flow.config, cell.changes))
         told = (as_json(own.config.vm), as_json(own.config.history))
-        same = f"{own.history} {stages.digest(told)} {cell.method}"
+        same = f"{own.history} {digest(told)} {cell.method}"
         if same not in found:
             say(f"study: {name}, {cell.row} {cell.column} ({i + 1} of {len(cells)} cells)")
             found[same] = _run(own, cell.method)
