@@ -38,7 +38,7 @@ class Inputs:
         """`ids_BF`, `floats_BN`, `label_B` of the given row numbers, and `events` by group of
         sequences: `ids_TG`, filled up to a token budget, `length_B`, and where the model looks at
         it and it is known `age_T`, seconds since the event."""
-        asked_ms = self.log["time"][rows]
+        asked_ms = None if self.past_ms is None else self.log["time"][rows]
         log, rows = self.log.near(rows)
         floats = log.columns.get("floats")
         return {
@@ -51,13 +51,13 @@ class Inputs:
             },
         }
 
-    def _budgeted(self, group: str, events: Events, asked_ms: np.ndarray) -> Batch:
+    def _budgeted(self, group: str, events: Events, asked_ms: np.ndarray | None) -> Batch:
         field = self.schema[group]
         slots = budget(events.length_B, longest=field.length)
         ids_TG = np.zeros((slots, events.ids_TG.shape[1]), np.int32)
         ids_TG[: len(events.ids_TG)] = events.ids_TG
         found = {"ids_TG": ids_TG, "length_B": events.length_B}
-        if self.past_ms is not None and field.from_log:
+        if self.past_ms is not None and asked_ms is not None and field.from_log:
             age_ms = np.repeat(asked_ms, events.length_B) - self.past_ms[events.index_T]
             found["age_T"] = np.zeros(slots, np.float32)
             found["age_T"][: len(age_ms)] = age_ms / 1000
