@@ -53,7 +53,7 @@ class Inputs:
             for group, names in self.schema.groups.items()
         }
         rows = parts.mine(rows)
-        asked_ms = self.log["time"][rows]
+        asked_ms = None if self.past_ms is None else self.log["time"][rows]
         log, rows = self.log.near(rows)
         floats = log.columns.get("floats")
         return {
@@ -67,7 +67,7 @@ class Inputs:
         }
 
     def _filled(
-        self, group: str, events: Events, slots: int, asked_ms: np.ndarray, parts: Parts
+        self, group: str, events: Events, slots: int, asked_ms: np.ndarray | None, parts: Parts
     ) -> Batch:
         def deal(per_token: np.ndarray) -> np.ndarray:
             return parts.deal(
@@ -79,7 +79,7 @@ class Inputs:
             )
 
         found = {"ids_PSG": deal(events.ids_TG), "length_B": events.length_B}
-        if self.past_ms is not None and self.schema[group].from_log:
+        if asked_ms is not None and self.past_ms is not None and self.schema[group].from_log:
             age_ms = np.repeat(asked_ms, events.length_B) - self.past_ms[events.index_T]
             found["age_PS"] = deal((age_ms / 1000).astype(np.float32))
         return found

@@ -48,8 +48,7 @@ def test_output_is_finite_and_its_taps_are_named(case):
     wide = shapes.pop("embedding")
     own = {"fm2": {"interaction": (B, E)}, "fmfm": {"interaction": (B, E)}}
     hidden = {"hidden_0": (B, 8), "hidden_1": (B, 6)}
-    fields = wide[1] // E * ARMS["token_width"]
-    arms = {"interaction": (B, fields), "summary": (B, 2 * 8 * ARMS["token_width"])}
+    arms = {"interaction": wide, "summary": (B, 2 * 8 * ARMS["token_width"])}
     more = {"dcnv2": {"cross": wide}, "wukong": {"interaction": wide}, "hstu": {"summary": (B, 12)}}
     more |= {"interformer": arms, "kunlun": arms}
     name = CASES[case].name

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from loopfm_jax.backbones import BackboneConfig
+from loopfm_jax.backbones.config import STACKED
 from loopfm_jax.bench.data import write_log
 from loopfm_jax.bench.protocol import peak_rss_bytes
 from loopfm_jax.config import Config
@@ -51,9 +52,7 @@ def config(name: str = "deepfm", **scale) -> Config:
 # --------------------------------------------------------------------------------- the dial
 
 
-@pytest.mark.parametrize(
-    "name", ["deepfm", "dcnv2", "wukong", "din", "dmin", "hstu", "interformer", "kunlun"]
-)
+@pytest.mark.parametrize("name", ["deepfm", "dcnv2", "din", "dmin"])
 def test_every_size_is_hit_and_counted_exactly(name):
     sizes = (3e5, 1e7, 1e9)
     points = plan(config(name, sizes=sizes, sweeps=("fm", "vm")), dtype="float32")
@@ -63,6 +62,16 @@ def test_every_size_is_hit_and_counted_exactly(name):
         hidden = point.spec["backbone"]["hidden"]
         assert hidden[0] / hidden[1] == pytest.approx(2, rel=0.1)
         assert point.spec["backbone"]["attention_hidden"] == (16, 8)  # the DNN alone grows
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_a_stack_grows_deeper_by_the_root_of_how_it_grows_wider(name):
+    [point] = plan(config(name, sizes=(2e7,), sweeps=("fm",)), dtype="float32")
+    grown = point.spec["backbone"]
+    factor = grown["hidden"][0] / 64
+    assert point.size.dense == pytest.approx(point.target, rel=0.03)
+    assert grown["layers"] > 3 and grown["layers"] == pytest.approx(3 * factor**0.5, abs=0.6)
+    assert name == "wukong" or grown["token_width"] == pytest.approx(64 * factor, rel=0.1)
 
 
 def test_the_count_is_of_the_model_that_is_built():

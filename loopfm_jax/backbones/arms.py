@@ -14,7 +14,8 @@ token as InterFormer's MaskNet merges sequences: W (e * mask(e)). Several behavi
 with arms of their own, which tell the fields of them side by side (open in the papers).
 
 Open, and chosen here: sequence first, then interaction, so that the last layer's events are read;
-pre-norm residuals; the DNN reads the last X.
+pre-norm residuals; the DNN reads the last X, brought back to the width of the fields (of F * D
+numbers of unit size Adam's first steps would leave no ReLU alive).
 
 Letters: D token width, F fields, R `rank`, G tokens that tell of events.
 """
@@ -128,7 +129,7 @@ class Merge(nnx.Module):
 
 class ArmsBackbone(Backbone):
     """See the module. Needs `schema.behaviours`. Besides the DNN's taps there are `interaction`,
-    the last X [B,F*D], and `summary`, what told of the events last [B,G*D].
+    the last X [B,F*E], and `summary`, what told of the events last [B,G*D].
 
     Args:
       kinds: of the sequence arms, by layer; `layers` times all of them.
@@ -153,7 +154,8 @@ class ArmsBackbone(Backbone):
             remat=config.remat,
             rngs=rngs,
         )
-        self.dnn = spec.dnn(spec.fields * config.token_width, rngs)
+        self.back = dense(config.token_width, config.tables.width, dtype=dtype, rngs=rngs)
+        self.dnn = spec.dnn(spec.flat_width, rngs)
         self.trunk_width = config.hidden[-1]
 
     def __call__(
@@ -167,7 +169,7 @@ class ArmsBackbone(Backbone):
         fields_BFE = self.stack_fields(embedded, extra_BKE)
         examples = len(fields_BFE)
         fields_BFD, _, told = self._layers(embedded, fields_BFE, key=stack_key)
-        mixed_BX = wide(fields_BFD).reshape(examples, -1)
+        mixed_BX = wide(self.back(fields_BFD)).reshape(examples, -1)
         *hidden, logits_B1 = self.dnn(mixed_BX, key=dnn_key)
         summary_BX = jnp.concatenate([wide(t).reshape(examples, -1) for t in told], axis=1)
         own = {"interaction": mixed_BX, "summary": summary_BX}

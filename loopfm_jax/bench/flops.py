@@ -50,7 +50,6 @@ def forward(
         total += config.layers * interaction(config, flat // width, width=width)
     if config.name in ARMS:
         total += arms(config, flat // width, read, tokens=tokens, pairs=pairs)
-        flat = flat // width * config.token_width
     return total + chain(flat, *config.hidden, 1)
 
 
@@ -174,9 +173,9 @@ def interaction(config: BackboneConfig, fields: int, *, width: int, beside: int 
 def arms(
     config: BackboneConfig, fields: int, schema: Schema, *, tokens: float, pairs: float
 ) -> float:
-    """Fields and events as tokens of one width, then the layers."""
+    """Fields and events to tokens of one width, and fields back; between them the layers."""
     width = config.token_width
-    total, told, layer = fields * chain(config.tables.width, width), 0, 0.0
+    total, told, layer = fields * 2 * chain(config.tables.width, width), 0, 0.0
     for pair in schema.behaviours:
         wide = config.tables.width * len(pair.target)
         total += tokens * (chain(wide, wide) + chain(wide, width))

@@ -10,7 +10,8 @@ are counted by building the model's shapes, which takes no memory.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 from flax import nnx
 
@@ -20,8 +21,9 @@ from loopfm_jax.backbones.config import MIXING, STACKED, TOKEN_BACKBONES
 
 ALIGNED = 8
 """Wide layers are multiples of this, which matrix units want."""
-NARROW = 16 * ALIGNED
-"""Layers below this are as wide as it comes."""
+WIDE_LAYER, WIDE_TOKEN = 128, 512
+"""From here on: a step of 8 must be a small part of what parameters grow by, and they grow with the
+square of the tokens' width."""
 TOLERANCE = 0.005
 TRIALS = 20
 WIDE, FURTHEST = 4.0, 100.0
@@ -34,6 +36,7 @@ class Growth:
 
     what: Literal["dnn", "all"] = "dnn"
     aligned: int = ALIGNED
+    """Of wide hidden layers; of tokens ALIGNED."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,11 @@ def widen(config: BackboneConfig, by: float, growth: Growth) -> BackboneConfig:
     """Hidden widths times `by`, rounded; at least 1."""
     names = ["hidden", *(["mix_hidden"] if config.name in MIXING else [])]
     names += ["attention_hidden"] if growth.what == "all" else []
-    grown: dict[str, Any] = {
-        name: tuple(_round(by * w, growth.aligned) for w in getattr(config, name)) for name in names
-    }
+    grow = partial(_round, aligned=growth.aligned)
+    grown: dict = {name: tuple(grow(by * w) for w in getattr(config, name)) for name in names}
     if config.name in TOKEN_BACKBONES:
-        grown["token_width"] = _round(
-            by * config.token_width, growth.aligned, unit=config.token_unit
-        )
+        width, unit = by * config.token_width, config.token_unit
+        grown["token_width"] = _round(width, unit=unit, aligned_from=WIDE_TOKEN)
     return replace(config, **grown)
 
 
@@ -85,8 +86,10 @@ def deepen(config: BackboneConfig, by: float) -> int:
     return max(1, round(config.layers * math.sqrt(by))) if grows else config.layers
 
 
-def _round(width: float, aligned: int, *, unit: int = 1) -> int:
-    step = math.lcm(aligned, unit) if width >= NARROW else unit
+def _round(
+    width: float, *, unit: int = 1, aligned: int = ALIGNED, aligned_from: int = WIDE_LAYER
+) -> int:
+    step = math.lcm(aligned, unit) if width >= aligned_from else unit
     return max(unit, step * round(width / step))
 
 
@@ -106,12 +109,16 @@ def turn(
     Args:
       known: what factors gave, for further targets to start from.
     """
-    known, layers = {} if known is None else known, config.layers
+    known = {} if known is None else known
+    every = [turned for of_depth in known.values() for turned in of_depth.values()]
+    near = min(every, key=lambda turned: _off(turned, target), default=None)
+    layers, factor = (near.backbone.layers, near.factor) if near else (config.layers, 1.0)
     found: dict[int, Turned] = {}
     while layers not in found:
-        of_depth = known.setdefault(layers, {})
-        found[layers] = _turn(replace(config, layers=layers), target, count, growth, of_depth)
-        layers = deepen(config, found[layers].factor)
+        deep, of_depth = replace(config, layers=layers), known.setdefault(layers, {})
+        found[layers] = _turn(deep, target, count, growth, known=of_depth, start=factor)
+        factor = found[layers].factor
+        layers = deepen(config, factor)
     return found[layers]
 
 
@@ -120,14 +127,16 @@ def _turn(
     target: float,
     count: Callable[[BackboneConfig], Size],
     growth: Growth,
+    *,
     known: dict[float, Turned],
+    start: float,
 ) -> Turned:
-    """The widths alone, by secants in logarithms.
+    """The widths alone, by secants in logarithms from the factor `start`.
 
     Where even one unit a layer is too much, that is what is returned.
     """
     for _ in range(TRIALS):
-        factor = _next(known, target)
+        factor = _next(known, target) if known else start
         backbone = widen(config, factor, growth)
         if any(backbone == turned.backbone for turned in known.values()):
             break  # nothing lies between
@@ -139,8 +148,6 @@ def _turn(
 
 def _next(known: dict[float, Turned], target: float) -> float:
     """The factor that the nearest known ones promise, one on either side if there is."""
-    if not known:
-        return 1.0
     dense = {factor: turned.size.dense for factor, turned in known.items()}
     below = max((f for f in dense if dense[f] < target), default=None)
     above = min((f for f in dense if dense[f] >= target), default=None)
