@@ -19,7 +19,7 @@ from flax import nnx, struct
 from jax.sharding import Mesh
 
 from loopfm_jax import checkpoint, memory, sharding
-from loopfm_jax.data.batches import Assemble, Batch, GlobalBatches, OrderConfig, iterate
+from loopfm_jax.data.batches import Assemble, Batch, GlobalBatches, OrderConfig, Seating, iterate
 from loopfm_jax.errors import UserError, check_limits
 from loopfm_jax.optim import OptimConfig, Optimiser, make_optimiser
 from loopfm_jax.progress import track
@@ -88,6 +88,7 @@ def train(
     constants: Any = (),
     pretrained: Mapping[str, np.ndarray] | None = None,
     start: nnx.Module | None = None,
+    seating: Seating | None = None,
     title: str = "train",
 ) -> Trained:
     """Trains over `rows`, from the last checkpoint under `directory` if there is one.
@@ -98,11 +99,18 @@ def train(
       constants: arrays on the device that every step reads (a history store).
       pretrained: tables that are never trained, by field.
       start: a model to go on from, with a fresh optimiser; default: a new one.
+      seating: of `GlobalBatches`.
     """
     _check_batch(config.order.batch, mesh)
     memory.keep_freed()  # here and not earlier: preparing a log should give its memory back
-    parts = sharding.parts(mesh)
-    source = GlobalBatches(rows, assemble, config=config.order, seed=seed, parts=parts)
+    source = GlobalBatches(
+        rows,
+        assemble,
+        config=config.order,
+        seed=seed,
+        parts=sharding.parts(mesh),
+        seating=seating,
+    )
     optimiser = make_optimiser(config.optim, steps=len(source))
     graphdef, state, shardings = create(task.build, optimiser, mesh, seed, fsdp=config.fsdp)
     rest = with_pretrained(state.rest, pretrained or {}, shardings.rest)

@@ -27,7 +27,7 @@ AXES: dict[str, str | tuple[str, ...] | None] = {
     "columns": "model",
     "columns and data": ("model", "data"),
     "examples": "data",
-    "entries": None,
+    "entries": "data",
 }
 """Axes of arrays by what they count -> the axes of the mesh that split them; None: whole."""
 FSDP = PartitionSpec(None, AXES["columns and data"])
