@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
@@ -35,6 +36,8 @@ def make(config: Config, *, command: str) -> dict[str, Any]:
       UserError: a topology that is not known, or sizes that its mesh does not divide.
     """
     jax.config.update("jax_platforms", "cpu")  # the devices need not be here
+    # The compile cache cannot give back programs of devices that are not here, and says so.
+    warnings.filterwarnings("ignore", message="Error reading persistent compilation cache")
     chips.simulate(config.compile.topology)
     slices = [chips.find(topology) for topology in config.compile.topology]
     schema = _schema(config)
