@@ -76,7 +76,7 @@ def past(codec: Codec, mesh: Mesh, *, entries: int, longest: int, timed: bool) -
     """A store on the devices, split over `data`, read for its codes."""
     shards = mesh.shape["data"]
     rows = -(-entries // shards) * shards
-    stored = jax.ShapeDtypeStruct((rows, codec.columns), jnp.dtype(codec.dtype))
-    seconds = jax.ShapeDtypeStruct((rows,), jnp.int32) if timed else None
+    stored: Any = jax.ShapeDtypeStruct((rows, codec.columns), jnp.dtype(codec.dtype))
+    seconds: Any = jax.ShapeDtypeStruct((rows,), jnp.int32) if timed else None
     read = Entries({"hidden_0": stored}, None, seconds, None, None, longest, split=shards > 1)
     return Past({"key": place(read, sharding.split(mesh, "entries"))}, {"hidden_0": codec})
