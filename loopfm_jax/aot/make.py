@@ -41,23 +41,19 @@ def make(config: Config, *, command: str) -> dict[str, Any]:
     chips.simulate(config.compile.topology)
     slices = [chips.find(topology) for topology in config.compile.topology]
     schema = _schema(config)
-    started = time.monotonic()
-    rows = [
-        _compile(sized, size, schema, devices, name)
-        for name, sized, size in _jobs(config, schema, slices)
-        for devices in slices
-    ]
-    found = finite(
-        {
-            "command": command,
-            "date": date.today().isoformat(),
-            "minutes": (time.monotonic() - started) / 60,
-            "versions": versions((*PACKAGES, "libtpu")),
-            "table_rows": schema.table_rows,
-            "programs": rows,
-        }
-    )
-    report.write(found, config.workdir / "compile")
+    started, folder = time.monotonic(), config.workdir / "compile"
+    found: dict[str, Any] = {
+        "command": command,
+        "date": date.today().isoformat(),
+        "versions": versions((*PACKAGES, "libtpu")),
+        "table_rows": schema.table_rows,
+        "programs": [],
+    }
+    for name, sized, size in _jobs(config, schema, slices):
+        for devices in slices:
+            found["programs"].append(finite(_compile(sized, size, schema, devices, name)))
+            found["minutes"] = (time.monotonic() - started) / 60
+            report.write(found, folder)  # what was found stays, whatever comes
     return found
 
 
