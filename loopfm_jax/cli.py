@@ -12,23 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
 
 from loopfm_jax import __version__, processes, report, results, stages
 from loopfm_jax.aot import make as compiling
 from loopfm_jax.auto import resolve
 from loopfm_jax.bench.make import bench
-from loopfm_jax.config import Config, as_json, load
+from loopfm_jax.config import as_json
 from loopfm_jax.errors import UserError, disk_message
 from loopfm_jax.flow import Flow
 from loopfm_jax.inputs import assembly_rate
+from loopfm_jax.options import parse
 from loopfm_jax.progress import say
 from loopfm_jax.scale import make as scaling
 from loopfm_jax.sharding import make_mesh
 from loopfm_jax.study import make as studies
 from loopfm_jax.study.analyse import analyse as analyse_codes
 
-CONTROLS = ("swapped-histories", "shuffled-labels")
 XLA_CACHE = Path("~/.cache/loopfm_jax/xla")
 
 
@@ -220,46 +219,6 @@ def _dispatch(argv: list[str]) -> dict[str, Any]:
         if message is None:
             raise
         raise UserError(message) from None
-
-
-def parse(path: Path, options: Sequence[str], *, command: str = "run") -> Config:
-    """The configuration of a file with command-line options on top."""
-    options = [_long(option) for option in options]
-    if "--control" in options:  # bare: all of them
-        at = options.index("--control") + 1
-        if at == len(options) or options[at].startswith("-"):
-            options[at:at] = CONTROLS
-    return tyro.cli(
-        Config,
-        default=_load(path),
-        args=options,
-        prog=f"loopfm {command} {path}",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-
-
-SHORT = {"--tables": "--study.tables", "--topology": "--compile.topology"}
-
-
-def _long(option: str) -> str:
-    """Options that are asked for often have a short name."""
-    name, *value = option.split("=", 1)
-    return "=".join([SHORT.get(name, name), *value])
-
-
-def _load(path: Path) -> Config:
-    """A configuration file is a program of the user's: where it fails is a line of it."""
-    try:
-        return load(path)
-    except UserError:
-        raise
-    except SyntaxError as error:
-        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
-    except Exception as error:
-        calls = traceback.extract_tb(error.__traceback__)
-        lines = [call.lineno for call in calls if call.filename == str(path)]
-        at = f", line {lines[-1]}" if lines else ""
-        raise UserError(f"{path}{at}: {type(error).__name__}: {error}") from None
 
 
 def _command() -> str:

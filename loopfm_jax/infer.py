@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from loopfm_jax import sharding
-from loopfm_jax.data.batches import Assemble, GlobalBatches, OrderConfig, iterate
+from loopfm_jax.data.batches import Assemble, GlobalBatches, OrderConfig, Seating, iterate
 from loopfm_jax.loop import put
 from loopfm_jax.progress import track
 
@@ -48,6 +48,7 @@ def run(
     constants: Any = (),
     title: str,
     written: Written = "everywhere",
+    seating: Seating | None = None,
 ) -> float:
     """Fills `writers[name][i]` with `step(...)[name]` for every row; returns examples/s.
 
@@ -57,28 +58,29 @@ def run(
     Args:
       written: by every process, whose arrays are its own; or every row by that one process that
         has it, into files that all share.
+      seating: of `GlobalBatches`.
     """
     graphdef, state = nnx.split(model)
     jitted = make_step(step, graphdef, mesh, written=written)
     per_device = mesh.shape["data"]
     config = OrderConfig(batch=max(per_device, batch // per_device * per_device))
-    source = GlobalBatches(rows, assemble, config=config, parts=sharding.parts(mesh))
+    parts = sharding.parts(mesh)
+    source = GlobalBatches(rows, assemble, config=config, parts=parts, seating=seating)
     waiting: list[tuple[int, dict[str, jax.Array]]] = []
     started, done = time.monotonic(), 0
 
     def write() -> int:
-        start, values = waiting.pop(0)
-        stop = min(start + config.batch, len(rows))
+        step, values = waiting.pop(0)
+        place_B = source.places(step)
         for name, shards in jax.device_get({n: _own(value) for n, value in values.items()}).items():
             for offset, own in shards.items():
-                low = min(start + offset, stop)
-                high = min(low + len(own), stop)
-                writers[name][low:high] = own[: high - low]
-        return stop - start
+                for at, low, high in runs(place_B[offset : offset + len(own)]):
+                    writers[name][at : at + high - low] = own[low:high]
+        return min(config.batch, len(rows) - step * config.batch)
 
     with track(title, total=len(rows), unit="examples") as advance:
         for n, host_batch in enumerate(iterate(source)):
-            waiting.append((n * config.batch, jitted(state, put(host_batch, mesh), constants)))
+            waiting.append((n, jitted(state, put(host_batch, mesh), constants)))
             if len(waiting) > 1:
                 count = write()
                 started, done = (time.monotonic(), 0) if n == 1 else (started, done + count)
@@ -86,6 +88,20 @@ def run(
         while waiting:
             done += write()
     return done / (time.monotonic() - started) if len(source) > 1 else float("nan")
+
+
+def runs(place_B: np.ndarray) -> list[tuple[int, int, int]]:
+    """(first row, its place, one past the last place) of places whose rows follow one another;
+    -1 is no row."""
+    taken = np.flatnonzero(place_B >= 0)
+    row = place_B[taken]
+    follows = (np.diff(taken) == 1) & (np.diff(row) == 1)
+    starts = np.flatnonzero(np.append(True, ~follows)[: len(row)])
+    stops = np.append(starts[1:], len(row))[: len(starts)]
+    return [
+        (int(row[i]), int(taken[i]), int(taken[j - 1]) + 1)
+        for i, j in zip(starts, stops, strict=True)
+    ]
 
 
 def _own(value: jax.Array) -> dict[int, jax.Array]:

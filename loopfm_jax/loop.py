@@ -5,9 +5,7 @@ explicit, and a loss that is not finite stops the run. A checkpoint holds the mo
 position in the data, so a resumed run ends bit-equal to one that was never interrupted.
 """
 
-import itertools
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,13 +17,12 @@ from flax import nnx, struct
 from jax.sharding import Mesh
 
 from loopfm_jax import checkpoint, memory, sharding
-from loopfm_jax.data.batches import Assemble, Batch, GlobalBatches, OrderConfig, iterate
+from loopfm_jax.curve import Curve, Waiting
+from loopfm_jax.data.batches import Assemble, Batch, GlobalBatches, OrderConfig, Seating, iterate
 from loopfm_jax.errors import UserError, check_limits
 from loopfm_jax.optim import OptimConfig, Optimiser, make_optimiser
 from loopfm_jax.progress import track
 from loopfm_jax.tables import with_pretrained
-
-CURVE_POINTS = 60
 
 
 @struct.dataclass
@@ -88,6 +85,7 @@ def train(
     constants: Any = (),
     pretrained: Mapping[str, np.ndarray] | None = None,
     start: nnx.Module | None = None,
+    seating: Seating | None = None,
     title: str = "train",
 ) -> Trained:
     """Trains over `rows`, from the last checkpoint under `directory` if there is one.
@@ -98,11 +96,18 @@ def train(
       constants: arrays on the device that every step reads (a history store).
       pretrained: tables that are never trained, by field.
       start: a model to go on from, with a fresh optimiser; default: a new one.
+      seating: of `GlobalBatches`.
     """
     _check_batch(config.order.batch, mesh)
     memory.keep_freed()  # here and not earlier: preparing a log should give its memory back
-    parts = sharding.parts(mesh)
-    source = GlobalBatches(rows, assemble, config=config.order, seed=seed, parts=parts)
+    source = GlobalBatches(
+        rows,
+        assemble,
+        config=config.order,
+        seed=seed,
+        parts=sharding.parts(mesh),
+        seating=seating,
+    )
     optimiser = make_optimiser(config.optim, steps=len(source))
     graphdef, state, shardings = create(task.build, optimiser, mesh, seed, fsdp=config.fsdp)
     rest = with_pretrained(state.rest, pretrained or {}, shardings.rest)
@@ -111,10 +116,10 @@ def train(
         params, rest = jax.tree.map(jnp.copy, _parts(start))  # the step donates what it is given
         state = jax.device_put(replace(state, params=params, rest=rest), shardings)
     step = make_step(task, optimiser, graphdef, shardings)
-    batches, waiting = iterate(source), _Waiting()
+    batches, waiting = iterate(source), Waiting()
     with checkpoint.Saver(directory, every=config.checkpoint_steps) as saver:
         state, past = saver.restore(state, batches)
-        curve = _Curve(len(source), config.order.batch, past)
+        curve = Curve(len(source), config.order.batch, past)
         with track(title, total=len(source) * config.order.batch, unit="examples") as advance:
             with jax.transfer_guard("disallow"):
                 done = int(jax.device_get(state.step))
@@ -233,67 +238,3 @@ def _check_batch(batch: int, mesh: Mesh) -> None:
             f"a batch of {batch} does not divide over mesh.data = {mesh.shape['data']}: change "
             "order.batch"
         )
-
-
-class _Waiting:
-    """Which share of the wall time a loop waited for its next batch, the first two left out: they
-    are before the step is compiled."""
-
-    def __init__(self):
-        self._began, self._waited = float("nan"), 0.0
-
-    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        for n in itertools.count():
-            asked = time.monotonic()
-            batch = next(batches, None)
-            if batch is None:
-                return
-            if n == 2:
-                self._began = asked
-            self._waited += (time.monotonic() - asked) if n >= 2 else 0.0
-            yield batch
-
-    def share(self) -> float:
-        return self._waited / (time.monotonic() - self._began)
-
-
-class _Curve:
-    """Means of the step's numbers, read one step late so that the device never waits."""
-
-    def __init__(self, steps: int, batch: int, past: dict[str, Any] | None):
-        self.points: list[dict[str, float]] = (past or {}).get("points", [])
-        self._sums: list[dict[str, float]] = (past or {}).get("sums", [])
-        self._every, self._batch = max(1, steps // CURVE_POINTS), batch
-        self._waiting: list[tuple[int, Any]] = []
-        self._ticks: list[float] = []
-
-    def add(self, n: int, numbers: Any) -> None:
-        self._waiting.append((n, numbers))
-        if len(self._waiting) > 1:
-            self._read()
-
-    def flush(self) -> dict[str, Any]:
-        """Reads what is still waiting; returns all that a resumed run needs."""
-        while self._waiting:
-            self._read()
-        return {"points": self.points, "sums": self._sums}
-
-    def _read(self) -> None:
-        n, numbers = self._waiting.pop(0)
-        values = {name: float(v) for name, v in jax.device_get(numbers).items()}
-        self._ticks.append(time.monotonic())
-        if not all(np.isfinite(v) for v in values.values()):
-            raise UserError(
-                f"the loss is not finite at step {n} ({values}): lower the learning rate or look "
-                "at the inputs; no checkpoint of this state was written"
-            )
-        self._sums.append(values)
-        if (n + 1) % self._every == 0:
-            mean = {k: float(np.mean([s[k] for s in self._sums])) for k in values}
-            self.points.append({"step": n + 1, **mean})
-            self._sums = []
-
-    def examples_per_s(self) -> float:
-        """By the median time between steps: compilation does not count. NaN below two steps."""
-        gaps = np.diff(self._ticks)
-        return self._batch / float(np.median(gaps)) if len(gaps) else float("nan")

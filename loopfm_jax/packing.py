@@ -46,7 +46,7 @@ class Tokens:
 
     def spread(self, per_example: jax.Array) -> jax.Array:
         """[B, ...] -> [T, ...]: every token gets its example's value."""
-        return self._by_part(lambda segment_S, x: x.at[segment_S].get(mode="clip"), per_example)
+        return self.by_part(lambda segment_S, x: x.at[segment_S].get(mode="clip"), per_example)
 
     def sum(self, per_token: jax.Array) -> jax.Array:
         """[T, ...] -> [B, ...]; an example without tokens gets zeros."""
@@ -75,7 +75,7 @@ class Tokens:
             padded = slots.at[place_S].set(x, mode="drop")
             return padded.reshape(count, self.length, *x.shape[1:])
 
-        return self._by_part(scatter, self.rank_T, self.real_T, per_token)
+        return self.by_part(scatter, self.rank_T, self.real_T, per_token)
 
     def unpad(self, padded: jax.Array) -> jax.Array:
         """[B, L, ...] -> [T, ...], the inverse of `pad`."""
@@ -84,7 +84,7 @@ class Tokens:
             place_S = segment_S * self.length + rank_S
             return x.reshape(-1, *x.shape[2:]).at[place_S].get(mode="clip")
 
-        return self._by_part(look_up, self.rank_T, padded)
+        return self.by_part(look_up, self.rank_T, padded)
 
     @property
     def column_T(self) -> jax.Array:
@@ -102,9 +102,9 @@ class Tokens:
         def one(segment_S: jax.Array, x: jax.Array) -> jax.Array:
             return reduce(x, segment_S, num_segments=count, indices_are_sorted=True)
 
-        return self._by_part(one, per_token)
+        return self.by_part(one, per_token)
 
-    def _by_part(self, f: Callable[..., jax.Array], *given: jax.Array) -> jax.Array:
+    def by_part(self, f: Callable[..., jax.Array], *given: jax.Array) -> jax.Array:
         """`f(segment_S, *given)` of every part alone, segments counted from its first example; no
         real slot has one beyond its last."""
         if self.parts == 1:

@@ -226,8 +226,9 @@ class MergedSpread(NamedTuple):
             return table_RE.at[row_M].add(updates, **exchange.SORTED), state
 
         own = self.table_VE, state
-        found = exchange.learn(visit, self.wanted, self.gradients, own, (scale, count))
-        return Learned(*found, self.scratch_V1)
+        shared = scale, count
+        table_VE, state = exchange.learn(visit, self.wanted, self.gradients, own, shared)
+        return Learned(table_VE, state, self.scratch_V1)
 
 
 def merge(

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from loopfm_jax import processes
@@ -27,7 +28,7 @@ AXES: dict[str, str | tuple[str, ...] | None] = {
     "columns": "model",
     "columns and data": ("model", "data"),
     "examples": "data",
-    "entries": None,
+    "entries": "data",
 }
 """Axes of arrays by what they count -> the axes of the mesh that split them; None: whole."""
 FSDP = PartitionSpec(None, AXES["columns and data"])
@@ -83,9 +84,10 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
 
 def mesh_of(config: MeshConfig, devices: Sequence[Any]) -> Mesh:
-    """Of these devices, which need not be here."""
+    """Of these devices, which need not be here. An axis may take a part of one of a TPU's."""
     shape, auto = (config.data, config.model), (AxisType.Auto,) * 2
-    return jax.make_mesh(shape, ALL, axis_types=auto, devices=list(devices))
+    grid = create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
+    return Mesh(grid, ALL, axis_types=auto)
 
 
 def devices() -> int:

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from loopfm_jax.cli import parse
 from loopfm_jax.flow import Flow
 from loopfm_jax.history.encoders import Attentive
+from loopfm_jax.options import parse
 from loopfm_jax.sharding import make_mesh
 from loopfm_jax.study import analyse, codes
 from loopfm_jax.study.attention import Attended, attend, classes

@@ -24,7 +24,6 @@ from command_line import CommandLine
 from flax import nnx
 from raw_logs import files_of, vocabulary
 
-from loopfm_jax.cli import parse
 from loopfm_jax.data import bars
 from loopfm_jax.data.bars_sets import VISUAL, AmazonElectronicsX1, Bars, KuaiVideoX1, TaobaoAdX1
 from loopfm_jax.data.log import load
@@ -32,6 +31,7 @@ from loopfm_jax.data.prepare import prepare
 from loopfm_jax.errors import UserError
 from loopfm_jax.flow import Flow
 from loopfm_jax.inputs import open_inputs
+from loopfm_jax.options import parse
 from loopfm_jax.sharding import make_mesh
 from loopfm_jax.vm.train import load_vm
 

@@ -7,7 +7,7 @@ import jax
 import pytest
 from flax import nnx
 
-from loopfm_jax import cli
+from loopfm_jax import options
 from loopfm_jax.config import Config, as_json, load
 from loopfm_jax.fm.teacher import Teacher
 from loopfm_jax.fm.teacher import loss as teacher_loss
@@ -19,8 +19,8 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_loads_and_takes_options(path: Path) -> None:
-    options = "--seeds 3 --fm.taps all item --vm.backbone.name dmin --history.side outcome age"
-    config = cli.parse(path, options.split())
+    given = "--seeds 3 --fm.taps all item --vm.backbone.name dmin --history.side outcome age"
+    config = options.parse(path, given.split())
     assert config.history.side == ("outcome", "age")
     assert (config.seeds, config.fm.taps, config.vm.backbone.name) == (3, ("all", "item"), "dmin")
     assert as_json(config)["seeds"] == 3
@@ -30,7 +30,7 @@ def test_loads_and_takes_options(path: Path) -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_help_is_complete(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        cli.parse(path, ["--help"])
+        options.parse(path, ["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     for option in ("--seeds", "--mesh.data", "--fm.taps", "--vm.distil.alpha", "--history.length"):
@@ -59,7 +59,7 @@ def test_the_teacher_takes_a_step(path: Path, prepared: Path) -> None:
 
 
 def test_a_bare_control_means_all_of_them() -> None:
-    assert cli.parse(CONFIGS[0], ["--control", "--seeds", "2"]).control == cli.CONTROLS
-    assert cli.parse(CONFIGS[0], ["--control", "swapped-histories"]).control == (
+    assert options.parse(CONFIGS[0], ["--control", "--seeds", "2"]).control == options.CONTROLS
+    assert options.parse(CONFIGS[0], ["--control", "swapped-histories"]).control == (
         "swapped-histories",
     )

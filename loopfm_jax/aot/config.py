@@ -21,7 +21,7 @@ class CompileConfig:
     table_rows: int = 1_000_000
     """Over generated fields (TaobaoAd's, scaled); 0: the prepared log of the working directory."""
     store_rows: int = 10_000_000
-    """Entries of the histories that the VM reads, on every device."""
+    """Entries of the histories that the VM reads, split over `data`."""
     batch: int = 0
     """Examples of a step per device along `data`; 0: the global batches as configured."""
     fill: float = 0.58

@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
@@ -35,26 +36,24 @@ def make(config: Config, *, command: str) -> dict[str, Any]:
       UserError: a topology that is not known, or sizes that its mesh does not divide.
     """
     jax.config.update("jax_platforms", "cpu")  # the devices need not be here
+    # The compile cache cannot give back programs of devices that are not here, and says so.
+    warnings.filterwarnings("ignore", message="Error reading persistent compilation cache")
     chips.simulate(config.compile.topology)
     slices = [chips.find(topology) for topology in config.compile.topology]
     schema = _schema(config)
-    started = time.monotonic()
-    rows = [
-        _compile(sized, size, schema, devices, name)
-        for name, sized, size in _jobs(config, schema, slices)
-        for devices in slices
-    ]
-    found = finite(
-        {
-            "command": command,
-            "date": date.today().isoformat(),
-            "minutes": (time.monotonic() - started) / 60,
-            "versions": versions((*PACKAGES, "libtpu")),
-            "table_rows": schema.table_rows,
-            "programs": rows,
-        }
-    )
-    report.write(found, config.workdir / "compile")
+    started, folder = time.monotonic(), config.workdir / "compile"
+    found: dict[str, Any] = {
+        "command": command,
+        "date": date.today().isoformat(),
+        "versions": versions((*PACKAGES, "libtpu")),
+        "table_rows": schema.table_rows,
+        "programs": [],
+    }
+    for name, sized, size in _jobs(config, schema, slices):
+        for devices in slices:
+            found["programs"].append(finite(_compile(sized, size, schema, devices, name)))
+            found["minutes"] = (time.monotonic() - started) / 60
+            report.write(found, folder)  # what was found stays, whatever comes
     return found
 
 

@@ -73,9 +73,10 @@ def _grown(
 
 
 def past(codec: Codec, mesh: Mesh, *, entries: int, longest: int, timed: bool) -> Past:
-    """A store on the devices, read for its codes."""
-    stored = jax.ShapeDtypeStruct((entries, codec.columns), jnp.dtype(codec.dtype))
-    seconds = jax.ShapeDtypeStruct((entries,), jnp.int32) if timed else None
-    read = Entries({"hidden_0": stored}, None, seconds, None, None, longest)  # pyright: ignore
-    found = Past({"key": read}, {"hidden_0": codec})
-    return place(found, sharding.split(mesh, "entries"))
+    """A store on the devices, split over `data`, read for its codes."""
+    shards = mesh.shape["data"]
+    rows = -(-entries // shards) * shards
+    stored: Any = jax.ShapeDtypeStruct((rows, codec.columns), jnp.dtype(codec.dtype))
+    seconds: Any = jax.ShapeDtypeStruct((rows,), jnp.int32) if timed else None
+    read = Entries({"hidden_0": stored}, None, seconds, None, None, longest, split=shards > 1)
+    return Past({"key": place(read, sharding.split(mesh, "entries"))}, {"hidden_0": codec})

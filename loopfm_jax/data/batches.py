@@ -24,6 +24,8 @@ Order = Literal["time", "shuffled", "mixed"]
 AHEAD, MOST_AHEAD = 2, 64
 Batch = dict[str, Any]
 """Arrays [B, ...] by name; histories are nested by key."""
+Seating = Callable[[np.ndarray], np.ndarray]
+"""Rows of a batch -> which of them stands at every place of it, part after part; -1: nobody."""
 Assemble = Callable[[np.ndarray, Parts], Batch]
 """Row numbers [B], and how their batch is laid out -> what this process has of it."""
 
@@ -53,6 +55,7 @@ class GlobalBatches(grain.sources.RandomAccessDataSource):
       rows: row numbers of the window in time order.
       assemble: row numbers [B] -> columns; `weight_B` is added here.
       parts: how batches are laid out.
+      seating: who stands where; default: rows as they come, in parts of one size.
     """
 
     def __init__(
@@ -63,9 +66,10 @@ class GlobalBatches(grain.sources.RandomAccessDataSource):
         config: OrderConfig,
         seed: int = 0,
         parts: Parts = WHOLE,
+        seating: Seating | None = None,
     ):
         self._rows, self._assemble, self._parts = rows, assemble, parts
-        self._config, self._seed = config, seed
+        self._config, self._seed, self._seating = config, seed, seating
         self._steps_per_epoch = -(-len(rows) // config.batch)
         self._epoch_rows = lru_cache(maxsize=2)(self._permuted)
         self._mixture = Mixture(rows, seed=seed) if config.order == "mixed" else None
@@ -93,13 +97,26 @@ class GlobalBatches(grain.sources.RandomAccessDataSource):
             return self._mixture.part(epoch, low, high)
         return (self._rows if self._config.order == "time" else self._epoch_rows(epoch))[low:high]
 
-    def __getitem__(self, record_key) -> Batch:
+    def _seated(self, record_key: Any) -> tuple[np.ndarray, np.ndarray]:
+        """A batch's rows, and which of them stands at every place."""
         epoch, step = divmod(int(record_key), self._steps_per_epoch)
         size = self._config.batch
         rows = self._part(epoch, step * size, (step + 1) * size)
-        weight_B = (np.arange(size) < len(rows)).astype(np.float32)
-        batch = self._assemble(np.resize(rows, size), self._parts)
-        return batch | {"weight_B": self._parts.mine(weight_B)}
+        if self._seating is not None:
+            return rows, self._seating(rows)
+        place_B = np.arange(size)
+        return rows, np.where(place_B < len(rows), place_B, -1)
+
+    def places(self, step: int) -> np.ndarray:
+        """Of a first epoch's batch: the number among all rows of who stands at every place."""
+        _, at_B = self._seated(step)
+        return np.where(at_B < 0, -1, step * self._config.batch + at_B)
+
+    def __getitem__(self, record_key) -> Batch:
+        rows, at_B = self._seated(record_key)
+        filled_B = np.where(at_B < 0, np.arange(len(at_B)) % len(rows), at_B)
+        batch = self._assemble(rows[filled_B], self._parts)
+        return batch | {"weight_B": self._parts.mine((at_B >= 0).astype(np.float32))}
 
 
 class Mixture:

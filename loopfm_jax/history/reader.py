@@ -47,11 +47,17 @@ class Entries:
     longest: int = struct.field(pytree_node=False)
     gathered: bool = struct.field(pytree_node=False, default=False)
     """One row per token of a batch, [P,S], instead of [S]."""
+    split: bool = struct.field(pytree_node=False, default=False)
+    """In as many parts as tokens, rows counted from the first of each (`partition`)."""
 
     def at(self, values: Array, tokens: Tokens) -> jax.Array:
         """The rows of the tokens, [T, ...]."""
         values = jnp.asarray(values)
-        return values.reshape(-1, *values.shape[2:]) if self.gathered else values[tokens.row_T]
+        if self.gathered:
+            return values.reshape(-1, *values.shape[2:])
+        if self.split:
+            return tokens.by_part(lambda _, own, row_S: own[row_S], values, tokens.row_T)
+        return values[tokens.row_T]
 
 
 @struct.dataclass

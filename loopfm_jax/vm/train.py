@@ -1,7 +1,7 @@
 """Training a vertical model on the VM window and judging it on the holdout."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from loopfm_jax import checkpoint, infer, loop, sharding, stages
+from loopfm_jax.data.batches import Seating
 from loopfm_jax.data.log import LogResidency
 from loopfm_jax.data.raw import Holdout, vm_windows
 from loopfm_jax.errors import UserError
@@ -55,6 +56,15 @@ class Examples:
             if taps:
                 batch["codes"] = {tap: self.exported.codes[tap][example] for tap in sorted(taps)}
         return batch | (self.join.batch(rows, parts) if self.join else {})
+
+    def on(self, mesh: Mesh) -> "Examples":
+        """The same for steps on a mesh."""
+        return replace(self, join=self.join.on(mesh)) if self.join else self
+
+    @property
+    def seating(self) -> Seating | None:
+        """Of batches."""
+        return self.join.seating if self.join else None
 
     def past(self, mesh: Mesh) -> Past:
         """What waits on the device."""
@@ -164,6 +174,7 @@ def train_vm(
 
     Writes the model and prediction.npy [rows of the holdout] into `directory`.
     """
+    examples = examples.on(mesh)
     past = examples.past(mesh)
     trained = loop.train(
         loop.Trainable(_builder(examples, config), partial(Student.loss, config=config.distil)),
@@ -175,6 +186,7 @@ def train_vm(
         directory=directory,
         constants=past,
         pretrained=examples.inputs.log.pretrained,
+        seating=examples.seating,
         title=title,
     )
     judged = examples.inputs.rows(holdout)
@@ -189,6 +201,7 @@ def train_vm(
         mesh=mesh,
         constants=past,
         title=f"{title} {holdout}",
+        seating=examples.seating,
         written="once",
     )
     prediction.close()
