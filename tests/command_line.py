@@ -47,6 +47,11 @@ def get_config() -> Config:
 SYNTHETIC = "Synthetic(rows=2000, rows_per_user=20, topics=3, items_per_topic=5)"
 
 
+def configuration(data: str) -> str:
+    """A configuration file over this data set."""
+    return CONFIG.replace("{data}", data)
+
+
 class CommandLine:
     """`loopfm` with a configuration file and a working directory of its own."""
 
@@ -56,7 +61,7 @@ class CommandLine:
 
     def configure(self, data: str) -> None:
         """`data`: the data set as Python text."""
-        self.config.write_text(CONFIG.replace("{data}", data))
+        self.config.write_text(configuration(data))
 
     def argv(self, command: str, *options: str) -> list[str]:
         return [command, str(self.config), "--workdir", str(self.workdir), *options]

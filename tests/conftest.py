@@ -1,6 +1,7 @@
 """Eight simulated CPU devices, a compile cache that outlives the run, and shared tiny data."""
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ["NPROC"] = "32"  # fewer abort the process when many async collectives are queued
@@ -16,8 +17,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
-from command_line import CommandLine  # noqa: E402
+from command_line import SYNTHETIC, CommandLine, configuration  # noqa: E402
 
+from loopfm_jax import cli  # noqa: E402
 from loopfm_jax.data.prepare import prepare  # noqa: E402
 from loopfm_jax.data.synthetic import Synthetic  # noqa: E402
 
@@ -49,3 +51,21 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loopfm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> CommandLine:
     """The command line with a tiny configuration and a working directory of its own."""
     return CommandLine(tmp_path, capsys)
+
+
+@pytest.fixture(scope="session")
+def exported_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with the log, FM and histories of the tiny configuration; not written to."""
+    folder = tmp_path_factory.mktemp("exported")
+    config, workdir = folder / "config.py", folder / "run"
+    config.write_text(configuration(SYNTHETIC))
+    for command in ("prepare", "train-fm", "export", "structure"):
+        cli.main([command, str(config), "--workdir", str(workdir)])
+    return workdir
+
+
+@pytest.fixture
+def exported(exported_run: Path, loopfm: CommandLine) -> CommandLine:
+    """`loopfm` after these stages, in a copy of that directory."""
+    shutil.copytree(exported_run, loopfm.workdir)
+    return loopfm

@@ -9,9 +9,14 @@ from loopfm_jax.flow import Flow
 from loopfm_jax.history.encoders import Attentive
 from loopfm_jax.options import parse
 from loopfm_jax.sharding import make_mesh
-from loopfm_jax.study import codes
+from loopfm_jax.study import analyse, codes
 from loopfm_jax.study.attention import Attended, attend, classes
 from loopfm_jax.vm.train import load_vm
+
+
+@pytest.fixture(autouse=True)
+def few_points(monkeypatch):
+    monkeypatch.setattr(analyse, "SHOWN", 100)  # t-SNE of 2,000 takes longer than all the rest
 
 
 def test_effective_rank_counts_directions():
@@ -36,33 +41,31 @@ def test_profiles_are_correlations_of_every_dimension():
     assert found["with_soft_label"][0] > 0.5 and -1 <= found["profiles_agree"] <= 1
 
 
-def test_an_analysis_of_an_export(loopfm):
-    for command in ("prepare", "train-fm", "export"):
-        loopfm.succeed(command)
-    line = loopfm.succeed("analyse")
+def test_an_analysis_of_an_export(exported):
+    line = exported.succeed("analyse")
     assert set(line["taps"]) == {"hidden_0"}
-    found = json.loads((loopfm.workdir / "analysis.json").read_text())["taps"]["hidden_0"]
+    found = json.loads((exported.workdir / "analysis.json").read_text())["taps"]["hidden_0"]
     assert found["width"] == 4 and len(found["singular_values"]) == 4
     assert 0 < found["losses"]["quantised"] < 1
-    assert "effective rank" in (loopfm.workdir / "analysis.md").read_text()
-    assert (loopfm.workdir / "analysis.html").read_text().count("<svg") >= 3
-    whole = json.loads((loopfm.workdir / "analysis.json").read_text())
+    assert "effective rank" in (exported.workdir / "analysis.md").read_text()
+    assert (exported.workdir / "analysis.html").read_text().count("<svg") >= 3
+    whole = json.loads((exported.workdir / "analysis.json").read_text())
     assert "run `loopfm train-vm` first" in whole["attention"]["missing"]
 
 
-def test_an_analysis_of_a_trained_vm(loopfm):
+def test_an_analysis_of_a_trained_vm(exported):
     options = ("--methods", "base", "loopfm", "--vm.encoder.name", "din")
-    for command in ("prepare", "train-fm", "export", "structure", "train-vm", "analyse"):
-        loopfm.succeed(command, *options)
-    found = json.loads((loopfm.workdir / "analysis.json").read_text())["attention"]
+    for command in ("train-vm", "analyse"):
+        exported.succeed(command, *options)
+    found = json.loads((exported.workdir / "analysis.json").read_text())["attention"]
     assert (found["method"], found["encoder"]) == ("loopfm", "din")
     assert {c["by"] for c in found["classes"]} == {"age", "item_id", "topic", "outcome"}
-    assert "same topic" in (loopfm.workdir / "analysis.md").read_text()
-    assert "Attention by the age" in (loopfm.workdir / "analysis.html").read_text()
-    message = loopfm.fail(loopfm.argv("analyse", *options, "--vm.encoder.score-hidden", "9"))
+    assert "same topic" in (exported.workdir / "analysis.md").read_text()
+    assert "Attention by the age" in (exported.workdir / "analysis.html").read_text()
+    message = exported.fail(exported.argv("analyse", *options, "--vm.encoder.score-hidden", "9"))
     assert "made with another configuration (vm.encoder.score_hidden was" in message
-    loopfm.succeed("analyse", "--methods", "loopfm", "--vm.encoder.name", "mean")
-    found = json.loads((loopfm.workdir / "analysis.json").read_text())["attention"]
+    exported.succeed("analyse", "--methods", "loopfm", "--vm.encoder.name", "mean")
+    found = json.loads((exported.workdir / "analysis.json").read_text())["attention"]
     assert found == {"missing": "the encoder mean has no attention"}
 
 
@@ -89,12 +92,11 @@ def test_attention_of_a_class_is_against_an_even_share():
     assert not found.keys() & {"other topic", "1 to 8 hours"}  # nothing there
 
 
-def test_weights_stand_beside_the_entries_they_are_paid_to(loopfm, monkeypatch):
+def test_weights_stand_beside_the_entries_they_are_paid_to(exported, monkeypatch):
     options = ("--methods", "loopfm", "--vm.encoder.name", "transformer")
     options += ("--vm.encoder.width", "8", "--history.side", "outcome")
-    for command in ("prepare", "train-fm", "export", "structure", "train-vm"):
-        loopfm.succeed(command, *options)
-    flow = Flow(parse(loopfm.config, loopfm.argv("", *options)[2:]))
+    exported.succeed("train-vm", *options)
+    flow = Flow(parse(exported.config, exported.argv("", *options)[2:]))
     examples, mesh = flow.examples("loopfm", 0), make_mesh(flow.config.mesh)
     model = load_vm(examples, flow.config.vm, flow.vm("loopfm", 0), mesh)
 

@@ -37,7 +37,7 @@ def test_a_gain_has_the_error_of_rows_and_seeds():
         ({("kd", 1.0): 0.9, ("loopfm", 1.0): 1.5}, ("loopfm", 1.0)),
     ],
 )
-def test_the_best_that_is_clearly_above_base_or_base(loopfm, monkeypatch, skill, choice):
+def test_the_best_that_is_clearly_above_base_or_base(exported, monkeypatch, skill, choice):
     """Of candidates whose predictions are made up."""
     label, _ = draws(0)
 
@@ -49,24 +49,26 @@ def test_the_best_that_is_clearly_above_base_or_base(loopfm, monkeypatch, skill,
     monkeypatch.setattr(auto, "_predictions", predictions)
     log, splits = {"label": label}, {"validation": slice(0, len(label))}
     monkeypatch.setattr(auto, "load", lambda _, residency: (log, splits))
-    loopfm.succeed("run", "--transfer", "auto")
-    facts = json.loads((loopfm.workdir / "auto/choice/manifest.json").read_text())["facts"]
+    exported.succeed("run", "--transfer", "auto")
+    facts = json.loads((exported.workdir / "auto/choice/manifest.json").read_text())["facts"]
     assert (facts["method"], facts["gamma"]) == choice
     assert {(t["method"], t["gamma"]) for t in facts["trials"]} >= set(skill)
     method, gamma = choice
-    folder = loopfm.workdir / f"auto/gamma_{gamma:g}/vm/{method}/seed_0"
+    folder = exported.workdir / f"auto/gamma_{gamma:g}/vm/{method}/seed_0"
     config = json.loads((folder / "manifest.json").read_text())["config"]
     assert config["vm"]["distil"]["gamma"] == gamma and config["holdout"] == "test"
 
 
-def test_candidates_are_trained_and_judged_before_the_test_window(loopfm, monkeypatch):
+def test_candidates_are_trained_and_judged_before_the_test_window(exported, monkeypatch):
     monkeypatch.setattr(auto, "METHODS", ("kd",))
-    line = loopfm.succeed("run", "--transfer", "auto", "--seeds", "2")
+    line = exported.succeed("run", "--transfer", "auto", "--seeds", "2")
     assert set(line["methods"]) == {"base", "auto"}
-    trials = sorted((loopfm.workdir / "auto").glob("gamma_*/validation/vm/*/seed_*/manifest.json"))
+    trials = sorted(
+        (exported.workdir / "auto").glob("gamma_*/validation/vm/*/seed_*/manifest.json")
+    )
     assert len(trials) == 6  # base once, kd at two weights, two seeds each
     for path in trials:
         assert json.loads(path.read_text())["config"]["holdout"] == "validation"
     before = {path: path.stat().st_mtime_ns for path in trials}
-    loopfm.succeed("run", "--transfer", "auto", "--seeds", "2")
+    exported.succeed("run", "--transfer", "auto", "--seeds", "2")
     assert before == {path: path.stat().st_mtime_ns for path in trials}

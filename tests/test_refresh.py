@@ -46,29 +46,27 @@ def test_an_average_of_models_is_that_of_their_numbers():
     assert not jnp.array_equal(mixed.kernel[...], new.kernel[...])
 
 
-def test_every_day_is_logged_by_an_fm_that_saw_the_days_before_and_no_more(loopfm):
+def test_every_day_is_logged_by_an_fm_that_saw_the_days_before_and_no_more(exported):
     """Cutoffs, drift and codes of all kinds, from one FM."""
-    for command in ("prepare", "train-fm", "export"):
-        loopfm.succeed(command)
-    fixed = np.load(loopfm.workdir / "fm/export/codes_hidden_0.npy")
-    log, splits = load(loopfm.workdir / "data")
+    fixed = np.load(exported.workdir / "fm/export/codes_hidden_0.npy")
+    log, splits = load(exported.workdir / "data")
     first = splits["vm"].start
-    exported, times = np.arange(first, len(log)), log["time"]
+    rows, times = np.arange(first, len(log)), log["time"]
     drift, soft = {}, {}
     for kind in KINDS:
-        loopfm.succeed("export", "--force", "--export.refresh", kind, *FOUR_DAYS)
-        facts = facts_of(loopfm, "fm/export")
-        starts = [exported[i] for i in refresh.day_starts(times[exported], hours=96)]
+        exported.succeed("export", "--force", "--export.refresh", kind, *FOUR_DAYS)
+        facts = facts_of(exported, "fm/export")
+        starts = [rows[i] for i in refresh.day_starts(times[rows], hours=96)]
         assert [start for start, _ in facts["cutoffs"]] == [int(times[row]) for row in starts]
         for (start, cutoff), row in zip(facts["cutoffs"], starts, strict=True):
             known = log["logged_time"][:row]
             assert cutoff == known[known < start].max() < start
-        codes = np.load(loopfm.workdir / "fm/export/codes_hidden_0.npy")
+        codes = np.load(exported.workdir / "fm/export/codes_hidden_0.npy")
         day = starts[1] - first
         np.testing.assert_array_equal(codes[:day], fixed[:day])  # the first day is the frozen FM's
         assert (codes[day:] != fixed[day:]).any()
         drift[kind] = facts["drift"][-1]
-        soft[kind] = np.load(loopfm.workdir / "fm/export/soft.npy")
+        soft[kind] = np.load(exported.workdir / "fm/export/soft.npy")
     assert len(facts["drift"]) == len(starts) - 1
     for kind in ("linear", "ema", "anchored"):
         assert drift[kind]["centroid"] < drift["fresh"]["centroid"]
@@ -77,20 +75,18 @@ def test_every_day_is_logged_by_an_fm_that_saw_the_days_before_and_no_more(loopf
     assert (soft["ema"] != soft["fresh"]).any()
 
 
-def test_vms_take_refreshed_codes_and_a_leak_is_refused(loopfm, monkeypatch):
-    for command in ("prepare", "train-fm"):
-        loopfm.succeed(command)
+def test_vms_take_refreshed_codes_and_a_leak_is_refused(exported, monkeypatch):
     told = ["--export.refresh", "fresh", "--methods", "kd+loopfm", *FOUR_DAYS]
     with monkeypatch.context() as patch:  # every checkpoint claims to have seen its own day
         late = lambda first, *args, **kwargs: {"cutoffs": [[0, 2**50]], "drift": []}  # noqa: E731
         patch.setattr(refresh, "run", late)
-        loopfm.succeed("export", *told)
-        loopfm.succeed("structure", *told)
-        message = loopfm.fail(loopfm.argv("train-vm", *told))
+        exported.succeed("export", "--force", *told)
+        exported.succeed("structure", *told)
+        message = exported.fail(exported.argv("train-vm", *told))
         assert "the codes would leak" in message
-    loopfm.succeed("export", "--force", *told)
-    loopfm.succeed("structure", *told)
-    assert set(loopfm.succeed("train-vm", *told)) == {"base", "kd+loopfm"}
+    exported.succeed("export", "--force", *told)
+    exported.succeed("structure", *told)
+    assert set(exported.succeed("train-vm", *told)) == {"base", "kd+loopfm"}
 
 
 @pytest.mark.parametrize(
@@ -101,19 +97,19 @@ def test_settings_that_make_no_sense(knobs):
         ExportConfig(**knobs)
 
 
-def test_a_second_round_reads_the_first_and_both_keep_to_their_windows(loopfm):
+def test_a_second_round_reads_the_first_and_both_keep_to_their_windows(exported):
     """Self-LoopFM: the first FM learns half of the FM window and logs the rest."""
-    loopfm.succeed("run", "--methods", "loopfm", "self")
-    log, splits = load(loopfm.workdir / "data")
+    exported.succeed("run", "--methods", "loopfm", "self")
+    log, splits = load(exported.workdir / "data")
     middle = splits["vm"].start // 2
-    first = facts_of(loopfm, "self/first_round/fm/export")
+    first = facts_of(exported, "self/first_round/fm/export")
     assert first["first"] == middle
     assert first["cutoffs"][0][1] < log["time"][middle] == first["cutoffs"][0][0]
-    second = facts_of(loopfm, "self/fm/export")
+    second = facts_of(exported, "self/fm/export")
     assert second["first"] == splits["vm"].start
-    plain = facts_of(loopfm, "fm/teacher")
-    assert facts_of(loopfm, "self/fm/teacher")["params"] > plain["params"]
-    read = json.loads((loopfm.workdir / "self/fm/teacher/manifest.json").read_text())["inputs"]
-    made = json.loads((loopfm.workdir / "self/first_round/history/manifest.json").read_text())
+    plain = facts_of(exported, "fm/teacher")
+    assert facts_of(exported, "self/fm/teacher")["params"] > plain["params"]
+    read = json.loads((exported.workdir / "self/fm/teacher/manifest.json").read_text())["inputs"]
+    made = json.loads((exported.workdir / "self/first_round/history/manifest.json").read_text())
     assert read["history"] == made["content"]
-    assert Path(loopfm.workdir / "self/vm/self/seed_0/prediction.npy").exists()
+    assert Path(exported.workdir / "self/vm/self/seed_0/prediction.npy").exists()
