@@ -14,6 +14,7 @@ from loopfm_jax.data.raw import Holdout
 from loopfm_jax.data.synthetic import Synthetic
 from loopfm_jax.data.tabular import TabularLog
 from loopfm_jax.data.taobao_ad import TaobaoAd
+from loopfm_jax.engine import BeamConfig, Engine
 from loopfm_jax.errors import UserError, check_limits
 from loopfm_jax.fm.exporter import ExportConfig
 from loopfm_jax.fm.teacher import FMConfig
@@ -67,10 +68,19 @@ class Config:
     `blocks` on disk, of which some dozens are decoded at a time. `auto`: in memory while it takes a
     quarter of it, or where `order` is `shuffled`, a full permutation, which needs that; `mixed`
     does not. Batches are the same."""
+    engine: Engine = "polars"
+    """What prepares and structures: this machine (`polars`), or the workers of an Apache Beam
+    pipeline (`beam`; the extra [beam]). The files are the same."""
+    beam: BeamConfig = field(default_factory=BeamConfig)
     workdir: Path = Path("runs/default")
     """Where everything is written."""
     force: bool = False
     """Redo stages even if they are up to date or were made with another configuration."""
+
+    @property
+    def pipeline(self) -> BeamConfig | None:
+        """Where Beam pipelines run, if these are asked for."""
+        return self.beam if self.engine == "beam" else None
 
     def __post_init__(self) -> None:
         for method in self.methods:

@@ -13,12 +13,10 @@ from typing import Any, Literal
 
 from loopfm_jax import processes, stages
 from loopfm_jax.config import Config, as_json
-from loopfm_jax.data.log import load
 from loopfm_jax.data.prepare import prepare
 from loopfm_jax.fm.export import export
 from loopfm_jax.fm.train import train_fm
-from loopfm_jax.history.keys import key_values
-from loopfm_jax.history.store import open_export, structure
+from loopfm_jax.history.structure import structure_log
 from loopfm_jax.identity import digest
 from loopfm_jax.progress import say
 from loopfm_jax.sharding import make_mesh
@@ -218,20 +216,14 @@ class Flow:
         return self.make(self._export, work, together=True)
 
     def structure(self) -> Report:
-        config = self.config.history
-
         def work(directory: Path) -> Report:
-            log, _ = load(self.data, residency="blocks")  # of which nothing wide is read
-            exported = open_export(self.exported, stages.verify(self.exported)["facts"])
-            rows = slice(exported.facts["first"], len(log))
-            return structure(
-                exported,
-                {name: key[rows] for name, key in key_values(log, config.keys).items()},
-                time=log["time"][rows],
-                logged_time=log["logged_time"][rows],
-                outcome=log["label"][rows],
-                config=config,
+            return structure_log(
+                self.data,
+                self.exported,
+                stages.verify(self.exported)["facts"],
+                config=self.config.history,
                 directory=directory,
+                beam=self.config.pipeline,
             )
 
         return self.make(self._structure, work)

@@ -19,6 +19,8 @@ from noise import noisy, parts
 from loopfm_jax import flow, inputs, stages
 from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.config import Config
+from loopfm_jax.data import builder
+from loopfm_jax.data.blocks import Blocks
 from loopfm_jax.data.log import Log, load
 from loopfm_jax.data.prepare import prepare
 from loopfm_jax.data.raw import Card, Column, RawLog, Windows
@@ -203,10 +205,18 @@ class World:
 
     def relabelled(self, monkeypatch, label: np.ndarray) -> None:
         """From now on the log on disk seems to hold other labels."""
-        log, splits = self.loaded
-        other = replace(log, columns={**log.columns, "label": label})
-        for module in (flow, inputs):
-            monkeypatch.setattr(module, "load", lambda _, **__: (other, splits))
+        open_blocks = builder.open_blocks
+
+        def relabelled(*whole) -> Blocks:
+            blocks = open_blocks(*whole)
+
+            def read(number: int) -> dict[str, np.ndarray]:
+                rows = slice(*blocks.bounds[number : number + 2])
+                return blocks.read(number) | {"label": label[rows]}
+
+            return replace(blocks, read=read)
+
+        monkeypatch.setattr(builder, "open_blocks", relabelled)
 
     # ------------------------------------------------------------------- what may be seen
 

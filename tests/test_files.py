@@ -12,6 +12,7 @@ from loopfm_jax.history.files import write_rows
 @pytest.fixture
 def small(monkeypatch):
     """Parts of 1,000 bytes, dealt out 64 bytes at a time."""
+    monkeypatch.setattr(files, "HELD_BYTES", 1000)
     monkeypatch.setattr(files, "PART_BYTES", 1000)
     monkeypatch.setattr(files, "BLOCK_BYTES", 64)
 
@@ -47,6 +48,7 @@ def test_parts_are_really_used(tmp_path, small, monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_width(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "HELD_BYTES", 1 << 18)
     monkeypatch.setattr(files, "PART_BYTES", 1 << 18)
     monkeypatch.setattr(files, "BLOCK_BYTES", 1 << 16)
     rows = np.random.default_rng(0).permutation(20_000).astype(np.int32)

@@ -31,7 +31,7 @@ from leak_world import (
 from loopfm_jax import flow, inputs, packing, stages
 from loopfm_jax.errors import UserError
 from loopfm_jax.fm.train import known_rows
-from loopfm_jax.history import codes, join, reader, slices, store
+from loopfm_jax.history import codes, join, ranges, reader, slices, store, structure
 from loopfm_jax.history.codes import Codec
 from loopfm_jax.history.slices import SliceConfig
 from loopfm_jax.vm import train
@@ -152,8 +152,8 @@ LEFT, END, START = 'side="left"', "end[rows] = stop", "time - retention)"
 WRITE = "write_rows, path, values, row)"
 RANK = "end_B[example_T] - 1 - rank_T"
 PACK = (reader, "pack")
-SLICES_OF_STORE, SLICES_OF_INPUTS = (store, "slices"), (inputs, "slices")
-STRUCTURE, JOIN, READ = (flow, "structure"), (train, "Join"), (inputs, "open_inputs")
+SLICES_OF_STORE, SLICES_OF_INPUTS = (ranges, "slices"), (inputs, "slices")
+STRUCTURE, JOIN, READ = (flow, "structure_log"), (train, "Join"), (inputs, "open_inputs")
 by_history, by_label, by_behaviour, by_age, by_swap = CHECKS
 
 
@@ -196,20 +196,20 @@ MUTANTS = {
     "unsorted search": (by_history, slices, "packed.sort()", "", SLICES_OF_STORE),
     "logged when asked": (
         by_history,
-        store,
-        "entry_time=logged_time",
-        "entry_time=time",
+        structure,
+        "logged_time=logged_time, kept",
+        "logged_time=time, kept",
         STRUCTURE,
     ),
     "asked when logged": (
         by_history,
-        store,
-        "query_time=time",
-        "query_time=logged_time",
+        structure,
+        "(key, time=time",
+        "(key, time=logged_time",
         STRUCTURE,
     ),
-    "codes unsorted": (by_history, store, WRITE, unsorted("codes_"), STRUCTURE),
-    "outcomes unsorted": (by_label, store, WRITE, unsorted("outcome"), STRUCTURE),
+    "codes unsorted": (by_history, structure, WRITE, unsorted("codes_"), STRUCTURE),
+    "outcomes unsorted": (by_label, structure, WRITE, unsorted("outcome"), STRUCTURE),
     "next example's slice": (
         by_history,
         join,

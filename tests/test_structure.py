@@ -71,6 +71,7 @@ def test_small_parts_make_the_same_files(tmp_path, monkeypatch, keep):
     found = []
     for part_bytes in (files.PART_BYTES, 700):
         monkeypatch.setattr(files, "PART_BYTES", part_bytes)
+        monkeypatch.setattr(files, "HELD_BYTES", part_bytes)
         monkeypatch.setattr(files, "BLOCK_BYTES", 100)
         monkeypatch.setattr(slices, "PART", 64 if part_bytes == 700 else slices.PART)
         folder = tmp_path / str(part_bytes)

@@ -4,7 +4,7 @@ That they agree is tested (tests/test_structure.py).
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +14,8 @@ import numpy as np
 
 from loopfm_jax.bench.protocol import Measured, Spec, timed
 from loopfm_jax.history.slices import SliceConfig
-from loopfm_jax.history.store import Exported, HistoryConfig, structure
+from loopfm_jax.history.store import Exported, HistoryConfig
+from loopfm_jax.history.structure import structure, write_store
 
 DAY_MS = 86_400_000
 
@@ -69,7 +70,12 @@ def structure_by_loop(events: Events, config: SliceConfig) -> Iterator[list[int]
 
 
 def call_structure(
-    events: Events, config: HistoryConfig, directory: Path, *, outcome: np.ndarray | None = None
+    events: Events,
+    config: HistoryConfig,
+    directory: Path,
+    *,
+    outcome: np.ndarray | None = None,
+    write: Callable[..., None] = write_store,
 ) -> dict[str, float]:
     """One call as the stage makes it, over int4 codes; what is told of the histories."""
     rows, columns = events.codes.shape
@@ -85,9 +91,10 @@ def call_structure(
         {"key": events.key},
         time=events.time,
         logged_time=events.logged_time,
-        outcome=np.zeros(rows, np.uint8) if outcome is None else outcome,
+        outcome=np.zeros(rows, np.uint8) if outcome is None else outcome.astype(np.uint8),
         config=config,
         directory=directory,
+        write=write,
     )
     return facts["keys"]["key"]
 

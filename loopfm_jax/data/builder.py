@@ -186,6 +186,12 @@ def open_blocks(directory: Path, rows: Mapping[str, int]) -> Blocks:
     return Blocks(read_block, np.array(bounds, np.int64))
 
 
+def columns(directory: Path) -> tuple[str, ...]:
+    """Names of what the records hold."""
+    features: Any = tfds.builder_from_directory(directory).info.features
+    return tuple(features)
+
+
 def size(directory: Path, rows: Mapping[str, int]) -> int:
     """Bytes of the given splits in memory, as far as their records tell."""
     splits = tfds.builder_from_directory(directory).info.splits

@@ -10,18 +10,21 @@ from pathlib import Path
 
 import numpy as np
 
+from loopfm_jax.history.rowfile import Column
 from loopfm_jax.history.slices import stable_order
 
-PART_BYTES = 1 << 29
-"""What may be held of a file at a time."""
+HELD_BYTES = 1 << 29
+"""A file up to this is held as a whole."""
+PART_BYTES = 1 << 27
+"""What is held at a time of a larger one."""
 BLOCK_BYTES = 1 << 23
 
 
-def write_rows(path: Path, values: np.ndarray, rows: np.ndarray) -> None:
+def write_rows(path: Path, values: Column, rows: np.ndarray) -> None:
     """Writes `values[rows]`, byte for byte as `np.save` would.
 
     Args:
-      values: [V, ...], a memory map if it is large.
+      values: [V, ...], in a file if it is large.
       rows: [S] which of them, each at most once.
     """
     with path.open("w+b") as file:
@@ -30,22 +33,20 @@ def write_rows(path: Path, values: np.ndarray, rows: np.ndarray) -> None:
         header = {"descr": descr, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         row_bytes = values.dtype.itemsize * int(np.prod(shape[1:]))
-        parts = -(-len(rows) * row_bytes // PART_BYTES)
-        if parts > 1:
-            size = -(-len(rows) // parts)
-            pieces = [rows[low : low + size] for low in range(0, len(rows), size)]
+        if len(values) * row_bytes > HELD_BYTES:
+            pieces = np.array_split(rows, max(1, -(-len(rows) * row_bytes // PART_BYTES)))
             start = file.tell()
             _deal(file, values, pieces, row_bytes=row_bytes)
             file.seek(start)
             _put_in_order(file, values, pieces)
             return
-        step = max(1, BLOCK_BYTES // max(row_bytes, 1))
+        step, held = max(1, BLOCK_BYTES // max(row_bytes, 1)), values[:]
         for low in range(0, len(rows), step):
-            file.write(values.take(rows[low : low + step], axis=0).data)
+            file.write(held.take(rows[low : low + step], axis=0).data)
 
 
 def _deal(
-    file: BufferedRandom, values: np.ndarray, pieces: list[np.ndarray], *, row_bytes: int
+    file: BufferedRandom, values: Column, pieces: list[np.ndarray], *, row_bytes: int
 ) -> None:
     """Appends every value to the part of the file that its place is in."""
     part = np.full(len(values), len(pieces), np.uint16)  # the last one: no part at all
@@ -63,7 +64,7 @@ def _deal(
             free[number] += file.write(mine.data)
 
 
-def _put_in_order(file: BufferedRandom, values: np.ndarray, pieces: list[np.ndarray]) -> None:
+def _put_in_order(file: BufferedRandom, values: Column, pieces: list[np.ndarray]) -> None:
     """Values of a part stand in the order of the source: moves them to their places."""
     for rows in pieces:
         start = file.tell()

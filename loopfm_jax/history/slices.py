@@ -31,6 +31,10 @@ class SliceConfig:
     retention_days: float = 30.0
     """Entries older than this are forgotten."""
 
+    @property
+    def delay_ms(self) -> int:
+        return round(self.delay_s * 1000)
+
     def __post_init__(self) -> None:
         check_limits("history", {"length": self.length}, low=1)
         if not 0 <= self.delay_s < math.inf:
@@ -70,7 +74,7 @@ def slices(
       entry_key, entry_time: [S] int64; when an entry was logged, ms.
       query_key, query_time: [examples] int64; when an example must be answered, ms.
     """
-    delay = round(config.delay_s * 1000)
+    delay = config.delay_ms
     retention = round(config.retention_days * 86_400_000)
     room = 64 - max(len(entry_key), len(query_key)).bit_length()
     entry_key, query_key, first = _small(entry_key, query_key, bits=room)
@@ -102,11 +106,16 @@ def slices(
 
 def in_parts(work: Callable[[slice], None], count: int) -> None:
     """`work` for all parts of `range(count)`, by all cores; what it allocates stays in cache."""
-    parts = [slice(low, min(low + PART, count)) for low in range(0, count, PART)]
+    parts = parts_of(count)
     if len(parts) == 1:
         return work(parts[0])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(work, parts))
+
+
+def parts_of(count: int) -> list[slice]:
+    """`range(count)` in slices of `PART`."""
+    return [slice(low, min(low + PART, count)) for low in range(0, count, PART)]
 
 
 def stable_order(values: np.ndarray) -> np.ndarray:

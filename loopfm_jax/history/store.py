@@ -1,4 +1,4 @@
-"""Structuring an export into histories: rows in (key, time) order, two integers per example.
+"""Histories as they are stored: rows in (key, time) order, two integers per example.
 
 Files (npy, no pickle; the stage manifest holds their sha256). Examples are the exported rows in
 time order.
@@ -9,9 +9,7 @@ time order.
     end, length [examples]: every example's history, the slice `end - length : end`.
 """
 
-import os
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +18,7 @@ import numpy as np
 
 from loopfm_jax.errors import UserError
 from loopfm_jax.history.codes import Codec
-from loopfm_jax.history.files import write_rows
-from loopfm_jax.history.slices import SliceConfig, slices
+from loopfm_jax.history.slices import SliceConfig
 
 Side = Literal["outcome", "age"]
 Residency = Literal["auto", "device", "host"]
@@ -96,88 +93,24 @@ class Histories:
     """Time of second 0."""
 
 
-def open_export(directory: Path, facts: Mapping[str, Any]) -> Exported:
-    """The arrays of an `export` stage folder; `facts` are its manifest's."""
+def map_array(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def open_export(
+    directory: Path, facts: Mapping[str, Any], *, load: Callable[[Path], Any] = map_array
+) -> Exported:
+    """The arrays of an `export` stage folder; `facts` are its manifest's.
+
+    Args:
+      load: how a file is opened; by default as a memory map.
+    """
     return Exported(
-        codes={tap: _load(directory / f"codes_{tap}.npy") for tap in facts["taps"]},
-        soft=_load(directory / "soft.npy"),
+        codes={tap: load(directory / f"codes_{tap}.npy") for tap in facts["taps"]},
+        soft=load(directory / "soft.npy"),
         facts=facts,
         books=_books(directory, facts["taps"]),
     )
-
-
-def structure(
-    exported: Exported,
-    keys: Mapping[str, np.ndarray],
-    *,
-    time: np.ndarray,
-    logged_time: np.ndarray,
-    outcome: np.ndarray,
-    config: HistoryConfig,
-    directory: Path,
-) -> dict[str, Any]:
-    """Writes the stores and every example's slices; returns facts about the histories.
-
-    Args:
-      keys: kind of key -> integer keys of the examples.
-      time, logged_time, outcome: of the examples.
-
-    Returns:
-      Among others `store_bytes`, of the codes of all stores and taps, and `bytes_per_row`, of one
-      code of the first tap.
-    """
-    start_ms = int(logged_time.min())
-    kept = None if config.keep == "all" else np.flatnonzero(outcome)
-    told = {f"codes_{tap}": codes for tap, codes in exported.codes.items()} | {
-        "seconds": ((logged_time - start_ms) // 1000).astype(np.int32),
-        "outcome": outcome.astype(np.uint8, copy=False),
-        "soft": exported.soft,
-    }
-    found = {}
-    for name, key in keys.items():
-        order, end, length = slices(
-            entry_key=key if kept is None else key[kept],
-            entry_time=logged_time if kept is None else logged_time[kept],
-            query_key=key,
-            query_time=time,
-            config=config,
-        )
-        row = (order if kept is None else kept[order]).astype(np.int32)
-        del order
-        _write_store(directory / name, row, told, end=end, length=length)
-        found[name] = _facts(length)
-    _save(directory, {f"book_{tap}": book for tap, book in exported.books.items()})
-    entries = len(time) if kept is None else len(kept)
-    bytes_per_row = {
-        tap: int(codes.shape[1] * codes.itemsize) for tap, codes in exported.codes.items()
-    }
-    return {
-        **{name: exported.facts[name] for name in ("code", "width", "taps", "first", "cutoffs")},
-        "longest": config.length,
-        "start_ms": start_ms,
-        "entries": entries,
-        "keys": found,
-        "store_bytes": len(keys) * entries * sum(bytes_per_row.values()),
-        "bytes_per_row": bytes_per_row[exported.facts["taps"][0]],
-    }
-
-
-def _write_store(
-    folder: Path,
-    row: np.ndarray,
-    told: Mapping[str, np.ndarray],
-    *,
-    end: np.ndarray,
-    length: np.ndarray,
-) -> None:
-    """Writes what is told of the entries `row`, some columns at a time."""
-    folder.mkdir()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        columns = {folder / f"{name}.npy": values for name, values in told.items()}
-        written = [pool.submit(write_rows, path, values, row) for path, values in columns.items()]
-        _save(folder, {"row": row, "end": end, "length": length})
-        for one in written:
-            one.result()
 
 
 def open_histories(directory: Path, facts: Mapping[str, Any]) -> Histories:
@@ -185,8 +118,8 @@ def open_histories(directory: Path, facts: Mapping[str, Any]) -> Histories:
     names = ("row", "seconds", "outcome", "soft", "end", "length")
     stores = {
         key: Store(
-            codes={tap: _load(directory / key / f"codes_{tap}.npy") for tap in facts["taps"]},
-            **{name: _load(directory / key / f"{name}.npy") for name in names},
+            codes={tap: map_array(directory / key / f"codes_{tap}.npy") for tap in facts["taps"]},
+            **{name: map_array(directory / key / f"{name}.npy") for name in names},
         )
         for key in facts["keys"]
     }
@@ -202,22 +135,9 @@ def _codecs(facts: Mapping[str, Any], books: Mapping[str, np.ndarray]) -> dict[s
     return {tap: Codec(facts["code"], facts["width"], books.get(tap)) for tap in facts["taps"]}
 
 
-def _facts(length: np.ndarray) -> dict[str, float]:
-    return {"mean_length": float(length.mean()), "empty_share": float((length == 0).mean())}
-
-
 def _books(directory: Path, taps: list[str]) -> dict[str, np.ndarray]:
     paths = {tap: directory / f"book_{tap}.npy" for tap in taps}
-    return {tap: np.array(_load(path)) for tap, path in paths.items() if path.exists()}
-
-
-def _load(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
-def _save(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    for name, values in arrays.items():
-        np.save(directory / f"{name}.npy", values, allow_pickle=False)
+    return {tap: np.array(map_array(path)) for tap, path in paths.items() if path.exists()}
 
 
 def swapped(histories: Histories, keys: Mapping[str, np.ndarray]) -> Histories:
