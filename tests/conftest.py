@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ["NPROC"] = "32"  # fewer abort the process when many async collectives are queued
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["OMP_NUM_THREADS"] = "1"  # a process per core: t-SNE's threads would wait for each other
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8"
     " --xla_backend_optimization_level=0"  # these programs run for less time than they compile

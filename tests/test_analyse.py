@@ -16,7 +16,7 @@ from loopfm_jax.vm.train import load_vm
 
 @pytest.fixture(autouse=True)
 def few_points(monkeypatch):
-    monkeypatch.setattr(analyse, "SHOWN", 100)  # t-SNE of 2,000 takes longer than all the rest
+    monkeypatch.setattr(analyse, "SHOWN", 100)  # or t-SNE takes longer than all the rest
 
 
 def test_effective_rank_counts_directions():
