@@ -4,6 +4,7 @@ Both write the same bytes, so the choice is no part of what a stage is made from
 """
 
 import importlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -53,9 +54,28 @@ def import_beam() -> Any:
 
 
 def run_pipeline(config: BeamConfig, build: Callable[[Any], None]) -> None:
-    """Runs what `build` puts into a pipeline, to its end."""
+    """Runs what `build` puts into a pipeline, to its end.
+
+    Raises:
+      UserError: a worker has raised it.
+    """
     beam = import_beam()
     flags = [f"--runner={config.runner}", *(f"--{option}" for option in config.options)]
     options = beam.options.pipeline_options.PipelineOptions(flags)
-    with beam.Pipeline(options=options) as pipeline:
-        build(pipeline)
+    try:
+        with beam.Pipeline(options=options) as pipeline:
+            build(pipeline)
+    except Exception as error:
+        told = _mistake(error)
+        if told is None:
+            raise
+        raise UserError(told) from None
+
+
+def _mistake(error: Exception) -> str | None:
+    """The message of the UserError that a worker has raised, of which runners hand on some text."""
+    text = str(error) if isinstance(error, UserError) else None
+    for line in str(error).splitlines() if text is None else ():
+        if "UserError: " in line:
+            text = line.partition("UserError: ")[2]
+    return None if text is None else re.sub(r" \[while running .*", "", text)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from loopfm_jax import processes, stages
 from loopfm_jax.config import Config, as_json
+from loopfm_jax.data.beam_prepare import prepare_by_beam
 from loopfm_jax.data.prepare import prepare
 from loopfm_jax.fm.export import export
 from loopfm_jax.fm.train import train_fm
@@ -169,6 +170,8 @@ class Flow:
 
         def work(directory: Path) -> Report:
             say(f"prepare: reading {source.name}")
+            if self.config.pipeline:
+                return prepare_by_beam(source, directory=directory, beam=self.config.pipeline)
             return prepare(
                 source.read(),
                 source.windows,

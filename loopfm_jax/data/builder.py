@@ -7,10 +7,11 @@ needed, neither to build nor to read. Blocks are written one after another, comp
 GB of it, and takes four times as long at its level 3, for files that are no smaller.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from uuid import uuid4
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -45,8 +46,36 @@ def write(
     Args:
       bounds: first and last row (exclusive) of every split.
     """
+    info = describe(name, directory, columns=columns, ragged=ragged, card=card)
+    written: dict[str, list[Shard]] = {}
+    for split, (start, stop) in bounds.items():
+        blocks, shards = row_blocks(columns, ragged, start, stop), []
+        for first in blocks:
+            few = chain([first], islice(blocks, SHARD_BLOCKS - 1))
+            shards.append(write_shard(info, split, len(shards), few))
+        written[split] = shards
+    return finish(info, written)
+
+
+class Shard(NamedTuple):
+    """One file of a split."""
+
+    records: int
+    size: int
+    """Bytes."""
+
+
+def describe(
+    name: str,
+    directory: Path,
+    *,
+    columns: Mapping[str, Columns],
+    ragged: Mapping[str, Ragged],
+    card: Card,
+) -> tfds.core.DatasetInfo:
+    """The data set of such columns (any rows of them), none of it written."""
     folder = directory / name / VERSION
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     features = {n: _feature(_part(v, 0, 0)) for n, v in columns.items()}
     for n, (values, lengths) in ragged.items():
         features |= {f"{n}/values": _feature(values), f"{n}/lengths": _feature(lengths)}
@@ -63,49 +92,61 @@ def write(
         disable_shuffling=True,  # keeps the time order
     )
     info.set_file_format("array_record")
+    return info
+
+
+def write_shard(
+    info: tfds.core.DatasetInfo, split: str, number: int, blocks: Iterable[dict[str, np.ndarray]]
+) -> Shard:
+    """File `number` of a split, which holds `SHARD_BLOCKS` records; the last one fewer."""
+    path = Path(str(_template(info, split).sharded_filepath(shard_index=number, num_shards=None)))
+    features: Any = info.features
+    serializer = ExampleSerializer(features.get_serialized_info())
+    unfinished = path.with_name(f".{uuid4().hex}")  # of workers that do the same, each has its own
+    writer = ArrayRecordWriter(str(unfinished), OPTIONS)
+    records = size = 0
+    try:
+        for block in blocks:
+            record = serializer.serialize_example(features.encode_example(block))
+            writer.write(record)
+            records, size = records + 1, size + len(record)
+    finally:
+        writer.close()
+    unfinished.rename(path)
+    return Shard(records, size)
+
+
+def finish(info: tfds.core.DatasetInfo, written: Mapping[str, Sequence[Shard]]) -> Path:
+    """Writes what the data set says of itself, and returns its folder."""
     splits = [
-        _write_split(info, split, _blocks(columns, ragged, start, stop))
-        for split, (start, stop) in bounds.items()
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=[shard.records for shard in shards],
+            num_bytes=sum(shard.size for shard in shards),
+            filename_template=_template(info, split),
+        )
+        for split, shards in written.items()
     ]
     info.set_splits(tfds.core.SplitDict(splits))
-    info.write_to_directory(folder)
-    return folder
+    info.write_to_directory(info.data_dir)
+    return Path(info.data_dir)
 
 
-def _write_split(
-    info: tfds.core.DatasetInfo, split: str, blocks: Iterator[dict[str, np.ndarray]]
-) -> tfds.core.SplitInfo:
-    """The files of a split, `SHARD_BLOCKS` records each."""
+def _template(info: tfds.core.DatasetInfo, split: str) -> tfds.core.ShardedFileTemplate:
     folder: Any = Path(info.data_dir)
-    template = tfds.core.ShardedFileTemplate(
+    return tfds.core.ShardedFileTemplate(
         dataset_name=info.name,
         data_dir=folder,
         split=split,
         filetype_suffix="array_record",
         template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}",
     )
-    features: Any = info.features
-    serializer = ExampleSerializer(features.get_serialized_info())
-    counts, size = [], 0
-    for first in blocks:
-        path = template.sharded_filepath(shard_index=len(counts), num_shards=None)
-        writer = ArrayRecordWriter(str(path), OPTIONS)
-        try:
-            counts.append(0)
-            for block in chain([first], islice(blocks, SHARD_BLOCKS - 1)):
-                record = serializer.serialize_example(features.encode_example(block))
-                writer.write(record)
-                counts[-1], size = counts[-1] + 1, size + len(record)
-        finally:
-            writer.close()
-    return tfds.core.SplitInfo(
-        name=split, shard_lengths=counts, num_bytes=size, filename_template=template
-    )
 
 
-def _blocks(
+def row_blocks(
     columns: Mapping[str, Columns], ragged: Mapping[str, Ragged], start: int, stop: int
 ) -> Iterator[dict[str, np.ndarray]]:
+    """The records of some rows."""
     ends = {name: np.cumsum(lengths) for name, (_, lengths) in ragged.items()}
     for low in range(start, stop, BLOCK_ROWS):
         high = min(low + BLOCK_ROWS, stop)

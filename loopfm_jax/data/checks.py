@@ -1,7 +1,7 @@
 """What a raw log must satisfy; a failure is one message with the value, the limit and the fix."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -85,12 +85,16 @@ def _finite(series: pl.Series, *, log: bool) -> None:
         )
 
 
-def check_windows(rows: dict[str, int], labels: dict[str, np.ndarray], bounds: str) -> None:
-    """Raises UserError for an empty window, or one with a single class."""
+def check_windows(rows: Mapping[str, int], positives: Mapping[str, float], bounds: str) -> None:
+    """Raises UserError for an empty window, or one with a single class.
+
+    Args:
+      rows, positives: of every window, how many there are and the share with a label of 1.
+    """
     for name, count in rows.items():
         if count == 0:
             raise UserError(f"the {name} window is empty ({bounds}); move data.windows")
-        mean = labels[name].mean()
+        mean = positives[name]
         if mean in (0.0, 1.0):
             raise UserError(
                 f"all {count:,} labels of the {name} window are {mean:.0f}; AUC and NE need both "

@@ -44,7 +44,7 @@ def code(values: pl.Series) -> Coded:
         values = values.fill_null("")
     known = values.unique()
     codes = values.replace_strict(known, pl.int_range(len(known), dtype=pl.Int32, eager=True))
-    return Coded(codes.to_numpy(), as_text(known))
+    return Coded(codes.cast(pl.Int32).to_numpy(), as_text(known))  # the type of no values stays
 
 
 def as_text(values: pl.Series) -> pl.Series:

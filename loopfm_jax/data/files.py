@@ -12,6 +12,7 @@ from loopfm_jax.data.checks import require_columns
 from loopfm_jax.errors import UserError
 
 PARQUET = (".parquet", ".pq")
+ALL = slice(None)
 
 
 def find_table(folder: Path | None, name: str, *, needed: bool = True) -> Path | None:
@@ -33,7 +34,11 @@ def find_file(folder: Path | None, *names: str) -> Path | None:
 
 
 def read_csv(
-    path: Path | None, columns: Iterable[str], *, types: Mapping[str, Any] | None = None
+    path: Path | None,
+    columns: Iterable[str],
+    *,
+    types: Mapping[str, Any] | None = None,
+    count: int | None = None,
 ) -> pl.DataFrame:
     """A CSV file (gzip or not) that has at least these columns; without a type: as strings.
 
@@ -45,7 +50,7 @@ def read_csv(
         header = pl.read_csv(path, n_rows=0, glob=False).columns
         require_columns(header, columns, where=path)
         whole = {name: pl.String for name in header} | dict(types or {})
-        return pl.read_csv(path, schema_overrides=whole, glob=False)
+        return pl.read_csv(path, schema_overrides=whole, glob=False, n_rows=count)
 
 
 def scan_csv(path: Path | None, types: Mapping[str, Any]) -> pl.LazyFrame:
@@ -79,18 +84,29 @@ def reading(path: Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be read: {_first_line(error)}") from None
 
 
-def read_parquet(path: Path, columns: Iterable[str]) -> pl.DataFrame:
-    """A Parquet file that has at least these columns."""
+def read_table(path: Path, columns: Iterable[str], *, rows: slice = ALL) -> pl.DataFrame:
+    """A CSV or Parquet file, by its suffix, that has at least these columns; CSV columns come as
+    strings.
+
+    Args:
+      rows: which of them; of a CSV file, the first ones.
+    """
+    if path.suffix not in PARQUET:
+        return read_csv(path, columns, count=rows.stop)
     with reading(path):
         require_columns(pl.read_parquet_schema(path), columns, where=path)
-        return pl.read_parquet(path, glob=False)
+        low, high, _ = rows.indices(2**62)
+        scan = pl.scan_parquet(path, glob=False)
+        return scan.collect() if rows == ALL else scan.slice(low, high - low).collect()
 
 
-def read_table(path: Path, columns: Iterable[str]) -> pl.DataFrame:
-    """A CSV or Parquet file, by its suffix; CSV columns come as strings."""
-    if path.suffix in PARQUET:
-        return read_parquet(path, columns)
-    return read_csv(path, columns)
+def row_parts(path: Path, size: int) -> list[slice]:
+    """A file in parts that `read_table` takes, of `size` rows where it is a Parquet file."""
+    if path.suffix not in PARQUET:
+        return [ALL]
+    with reading(path):
+        count = pl.scan_parquet(path, glob=False).select(pl.len()).collect().item()
+    return [slice(low, min(low + size, count)) for low in range(0, count, size)]
 
 
 def _first_line(error: Exception) -> str:

@@ -48,11 +48,12 @@ def prepare(
     order = order_rows(raw.frame)
     time = raw.frame["time"].gather(order).to_numpy()
     cuts, bounds_text = cut(time, windows)
-    where = f"{bounds_text}; {_span(time)}"
+    where = f"{bounds_text}; {span(int(time[0]), int(time[-1]))}"
     order, time = order.head(cuts["test"][1]), time[: cuts["test"][1]]
-    label = raw.frame["label"].gather(order).cast(pl.Float64).cast(pl.UInt8).to_numpy()
+    label = labels(raw.frame["label"].gather(order))
     rows = {split: stop - start for split, (start, stop) in cuts.items()}
-    check_windows(rows, {s: label[slice(*cuts[s])] for s in SPLITS}, where)
+    positives = {s: float(label[slice(*cuts[s])].mean()) if rows[s] else 0.0 for s in SPLITS}
+    check_windows(rows, positives, where)
     if raw.events is not None:
         raw = place(raw, order, scratch=directory)
     encoded = encode(raw, raw.frame, fm_rows=cuts["fm"][1], order=order)
@@ -62,7 +63,7 @@ def prepare(
         directory,
         name,
         schema=encoded.schema,
-        columns=_columns(raw, encoded, order, time=time, label=label),
+        columns=columns_of(raw, encoded, order, time=time, label=label),
         ragged={n: (r.values, r.lengths) for n, r in encoded.ragged.items()},
         rows=rows,
         card=card,
@@ -71,10 +72,15 @@ def prepare(
     return {
         "rows": {**rows, "duplicates_dropped": raw.duplicates},
         "keys": raw.frame["key"].gather(order).n_unique(),
-        "positives": {s: float(label[slice(*cuts[s])].mean()) for s in SPLITS},
+        "positives": positives,
         "windows": bounds_text,
         "notes": dict(raw.notes),
     }
+
+
+def labels(values: pl.Series) -> np.ndarray:
+    """0 and 1 of any type -> uint8."""
+    return values.cast(pl.Float64).cast(pl.UInt8).to_numpy()
 
 
 def write(
@@ -99,6 +105,18 @@ def write(
         bounds=dict(zip(rows, bounds, strict=True)),
         card=card,
     )
+    write_schema(directory, folder, schema=schema, rows=rows, truth=truth)
+
+
+def write_schema(
+    directory: Path,
+    folder: Path,
+    *,
+    schema: Schema,
+    rows: Mapping[str, int],
+    truth: Sequence[str] = (),
+) -> None:
+    """What the data set in `folder` holds."""
     facts = {
         "folder": str(folder.relative_to(directory)),
         "schema": schema.to_json(),
@@ -117,7 +135,7 @@ def _write_side(directory: Path, raw: RawLog, encoded: Encoded) -> None:
         _write_gathered(directory / PRETRAINED / f"{name}.npy", *_with_padding(table))
 
 
-def _columns(
+def columns_of(
     raw: RawLog, encoded: Encoded, order: pl.Series, *, time: np.ndarray, label: np.ndarray
 ) -> dict[str, builder.Columns]:
     """Everything that has one value a row, in time order."""
@@ -168,28 +186,35 @@ def _write_gathered(path: Path, values: np.ndarray, index: np.ndarray) -> None:
 
 def cut(time: np.ndarray, windows: Windows) -> tuple[dict[str, tuple[int, int]], str]:
     """Row ranges of the windows over sorted times, and the same for people."""
-    fm_end, vm_end = _to_ms(windows.fm_end, time), _to_ms(windows.vm_end, time)
+    times, text = cut_times(int(time[0]), int(time[-1]), windows)
+    return row_ranges([int(s) for s in np.searchsorted(time, times)]), text
+
+
+def row_ranges(stops: Sequence[int]) -> dict[str, tuple[int, int]]:
+    """First and last row (exclusive) of every window, by where they end."""
+    return dict(zip(SPLITS, zip([0, *stops[:-1]], stops, strict=True), strict=True))
+
+
+def cut_times(first: int, last: int, windows: Windows) -> tuple[list[int], str]:
+    """When the windows of a log end that runs from `first` to `last`, and the same for people."""
+    fm_end, vm_end = _to_ms(windows.fm_end, first, last), _to_ms(windows.vm_end, first, last)
     middle, mark = vm_end - (vm_end - fm_end) // 4, "its last quarter"
     if windows.validation_start is not None:
-        middle, mark = _to_ms(windows.validation_start, time), windows.validation_start
-    times = [fm_end, middle, vm_end, _to_ms(windows.test_end, time)]
+        middle, mark = _to_ms(windows.validation_start, first, last), windows.validation_start
+    times = [fm_end, middle, vm_end, _to_ms(windows.test_end, first, last)]
     marks = [windows.fm_end, mark, windows.vm_end, windows.test_end]
     if sorted(set(times)) != times:
         raise UserError(
-            f"window ends must rise, but are {', '.join(marks)}, and {_span(time)}; change "
+            f"window ends must rise, but are {', '.join(marks)}, and {span(first, last)}; change "
             "data.windows"
         )
-    stops = [int(s) for s in np.searchsorted(time, times)]
-    starts = [0, *stops[:-1]]
-    text = ", ".join(f"{s} until {m}" for s, m in zip(SPLITS, marks, strict=True))
-    return dict(zip(SPLITS, zip(starts, stops, strict=True), strict=True)), text
+    return times, ", ".join(f"{s} until {m}" for s, m in zip(SPLITS, marks, strict=True))
 
 
-def _to_ms(mark: str, time: np.ndarray) -> int:
+def _to_ms(mark: str, first: int, last: int) -> int:
     try:
         if mark.endswith("%"):
-            first, last = int(time[0]), int(time[-1]) + 1
-            return first + round((last - first) * float(mark[:-1]) / 100)
+            return first + round((last + 1 - first) * float(mark[:-1]) / 100)
         moment = datetime.fromisoformat(mark)
     except (ValueError, OverflowError):
         raise UserError(
@@ -202,7 +227,8 @@ def _to_ms(mark: str, time: np.ndarray) -> int:
     return round(moment.timestamp() * 1000)
 
 
-def _span(time: np.ndarray) -> str:
-    ends = [datetime.fromtimestamp(int(ms) / 1000, UTC) for ms in (time[0], time[-1])]
-    first, last = (moment.isoformat(timespec="seconds") for moment in ends)
-    return f"the log runs from {first} to {last}"
+def span(first: int, last: int) -> str:
+    """When a log runs, for people."""
+    ends = [datetime.fromtimestamp(ms / 1000, UTC) for ms in (first, last)]
+    start, end = (moment.isoformat(timespec="seconds") for moment in ends)
+    return f"the log runs from {start} to {end}"

@@ -70,26 +70,34 @@ class TabularLog:
         return Card(description=f"A log read from {', '.join(Path(f).name for f in self.files)}.")
 
     def fingerprint(self) -> dict[str, str]:
-        return {str(path): sha256(path) for path in self._paths()}
+        return {str(path): sha256(path) for path in self.paths()}
 
     def read(self) -> RawLog:
-        roles = {"key": self.key, "time": self.time, "label": self.label}
-        if self.group:
-            roles["group"] = self.group
-        columns = self._columns(roles)
-        names = [c.name for c in columns]
-        needed = list(dict.fromkeys([*names, *roles.values()]))
-        paths = self._paths()
-        frame, duplicates = drop_duplicates(concat([read_table(p, needed) for p in paths]))
-        self._check_types(frame.select(needed))
+        tables = [read_table(path, self.needed) for path in self.paths()]
+        frame, duplicates = drop_duplicates(concat(tables))
+        return self.shape(frame, duplicates=duplicates)
+
+    @property
+    def needed(self) -> list[str]:
+        """Columns of the files that are read."""
+        return list(dict.fromkeys([*(c.name for c in self._columns), *self._roles.values()]))
+
+    @property
+    def moment(self) -> list[str]:
+        """Columns of the files in which rows agree that are seen together."""
+        return [self.key, self.group or self.time]
+
+    def shape(self, frame: pl.DataFrame, *, duplicates: int = 0) -> RawLog:
+        """What (some) rows of the files hold, under the names that everything later uses."""
+        self._check_types(frame.select(self.needed))
         numbers = [pl.col(n).cast(pl.Float64, strict=False) for n in self.numeric]
         lists = [pl.col(n).str.split(self.separator) for n in self.sequence if _is_text(frame, n)]
-        times = self._times(frame[self.time])
+        times, roles = self._times(frame[self.time]), self._roles
         others = [pl.col(source).alias(role) for role, source in roles.items() if role != "time"]
         frame = frame.with_columns(*numbers, *lists).with_columns(*others, times.alias("time"))
-        item = self._item
+        item, columns = self._item, self._columns
         return RawLog(
-            frame=frame.select(list(dict.fromkeys([*roles, *names]))),
+            frame=frame.select(list(dict.fromkeys([*roles, *(c.name for c in columns)]))),
             columns=columns,
             item=item,
             entity=self._entity,
@@ -97,8 +105,13 @@ class TabularLog:
             behaviour=self.behaviour or item,
             behaviour_length=self.behaviour_length,
             duplicates=duplicates,
-            notes={"files": [path.name for path in paths]},
+            notes={"files": [path.name for path in self.paths()]},
         )
+
+    @property
+    def _roles(self) -> dict[str, str]:
+        group = {"group": self.group} if self.group else {}
+        return {"key": self.key, "time": self.time, "label": self.label, **group}
 
     @property
     def _item(self) -> tuple[str, ...]:
@@ -109,8 +122,9 @@ class TabularLog:
         own = (self.key,) if self.key in self.categorical else ()
         return own if self.entity is None else self.entity
 
-    def _columns(self, roles: Mapping[str, str]) -> tuple[Column, ...]:
-        self._check_names(roles)
+    @property
+    def _columns(self) -> tuple[Column, ...]:
+        self._check_names(self._roles)
         kinds = {
             **{n: Column(n, min_count=self.min_count) for n in self.categorical},
             **{n: Column(n, kind="numeric") for n in self.numeric},
@@ -174,7 +188,7 @@ class TabularLog:
                     "at data.separator; name it under data.categorical"
                 )
 
-    def _paths(self) -> list[Path]:
+    def paths(self) -> list[Path]:
         if not self.files:
             raise UserError("data.files is empty; name at least one .csv or .parquet file")
         found = []
