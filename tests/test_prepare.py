@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
 from raw_logs import (
     COLUMNS,
     START_MS,
@@ -18,6 +19,7 @@ from raw_logs import (
     same_columns,
     vocabulary,
 )
+from tensorflow_datasets.proto import tf_example_pb2
 
 from loopfm_jax.data import builder
 from loopfm_jax.data.coding import dense
@@ -207,6 +209,16 @@ def test_the_folder_is_a_tfds_data_set(prepared):
     assert block["ids"].dtype == block["tags/values"].dtype == np.int32
     assert block["label"].dtype == np.uint8
     assert Schema.from_json(log.schema.to_json()) == log.schema
+
+
+def test_records_are_the_same_bytes_in_every_process(prepared):
+    """Protobuf orders the columns of a record as each process likes, unless it is asked not to."""
+    for path in (prepared / "synthetic" / "1.0.0").glob("*.array_record-*"):
+        reader = ArrayRecordReader(str(path))
+        for record in reader.read_all():
+            example = tf_example_pb2.Example.FromString(record)
+            assert record == example.SerializeToString(deterministic=True)
+        reader.close()
 
 
 def test_rows_after_the_test_window_are_left_out(tmp_path):

@@ -107,7 +107,8 @@ def write_shard(
     records = size = 0
     try:
         for block in blocks:
-            record = serializer.serialize_example(features.encode_example(block))
+            example = serializer.get_tf_example(features.encode_example(block))
+            record = example.SerializeToString(deterministic=True)  # by name, in every process
             writer.write(record)
             records, size = records + 1, size + len(record)
     finally:
