@@ -21,6 +21,8 @@ from loopfm_jax.data.schema import Field, Schema
 from loopfm_jax.errors import check_limits
 from loopfm_jax.packing import Tokens, lay_out
 
+MOST_ROWS = 2**31 - 1
+"""Ids are int32."""
 Instead = Callable[["Table", Sequence[jax.Array]], Sequence[jax.Array]]
 LOOK_UP: ContextVar[Instead | None] = ContextVar("LOOK_UP", default=None)
 """What looks up in the place of the tables themselves while a step learns by rows (`rows.py`)."""
@@ -87,6 +89,7 @@ class Table(nnx.Module):
 
     def __init__(self, schema: Schema, config: TableConfig, *, rngs: nnx.Rngs):
         rows = -(-schema.table_rows // config.row_multiple) * config.row_multiple
+        check_limits("tables", {"rows": rows}, low=1, high=MOST_ROWS)
         shape = (rows, config.width)
         self.rows_VE = nnx.Param(_start(config, shape, rngs))
 
