@@ -71,15 +71,7 @@ def encode(
     vocabularies = fitted.vocabularies if fitted else fit(parts, raw)
     known = fitted.numeric if fitted else None
     floats, normalisers = _normalise(frame, continuous(raw), order, fm_rows, known)
-    hidden = {p.column.name for p in parts if p.column.fm_only}
-    sizes = {name: len(v) + 2 for name, v in vocabularies.items()}
-    schema = Schema(
-        fields=_fields(parts, hidden, sizes, raw) + _past_fields(raw, hidden, sizes),
-        numeric=normalisers,
-        behaviours=_behaviours(raw),
-        item=raw.item,
-        entity=raw.entity,
-    )
+    schema = _schema(parts, raw, vocabularies, normalisers)
     columns, ragged, sequences = [], {}, {}
     for name in [p.column.name for p in parts]:
         part = parts.pop(0)  # codes are as large as ids: they go as they are used
@@ -103,6 +95,23 @@ def encode(
         floats=floats,
         vocabulary=pl.concat([_named(name, v) for name, v in vocabularies.items()]),
         sequences=sequences,
+    )
+
+
+def _schema(
+    parts: list[Part],
+    raw: RawLog,
+    vocabularies: Mapping[str, pl.DataFrame],
+    numeric: tuple[Numeric, ...],
+) -> Schema:
+    hidden = {p.column.name for p in parts if p.column.fm_only}
+    sizes = {name: len(v) + 2 for name, v in vocabularies.items()}
+    return Schema(
+        fields=_fields(parts, hidden, sizes, raw) + _past_fields(raw, hidden, sizes),
+        numeric=numeric,
+        behaviours=_behaviours(raw),
+        item=raw.item,
+        entity=raw.entity,
     )
 
 

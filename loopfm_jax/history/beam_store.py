@@ -17,7 +17,6 @@ import numpy as np
 
 from loopfm_jax.engine import BeamConfig, import_beam, run_pipeline
 from loopfm_jax.history.ranges import (
-    NOWHERE,
     Asked,
     Part,
     Ranges,
@@ -126,7 +125,7 @@ class _Deal(NamedTuple):
         part = slice(*block)
         number = entry_ranges(self.log, self.ranges, part)
         key, time = self.log.key[part], self.log.logged_time[part]
-        for mine, rows in _groups(number):
+        for mine, rows in _groups(number, below=len(self.ranges)):
             entries = Part(rows, key[rows], time[rows])
             last = tail(self.ranges, mine, entries, self.config.length)
             yield mine, Before(len(rows), last)
@@ -135,7 +134,7 @@ class _Deal(NamedTuple):
         part, log = slice(*block), self.log
         key, time, logged = log.key[part], log.time[part], log.logged_time[part]
         told = {name: column[part] for name, column in self.told.items()}
-        entries = dict(_groups(entry_ranges(log, self.ranges, part)))
+        entries = dict(_groups(entry_ranges(log, self.ranges, part), below=len(self.ranges)))
         asked = dict(_groups(asked_ranges(log, self.ranges, part, self.config)))
         none = np.zeros(0, np.int64)
         for mine in entries.keys() | asked.keys():
@@ -196,15 +195,14 @@ def _together(length: int) -> Callable[[Iterable[Before]], Before]:
     return join
 
 
-def _groups(number: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Numbers that occur, and where; rows that are nowhere are left out."""
-    if not len(number):
-        return
+def _groups(number: np.ndarray, *, below: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+    """Numbers that occur, and where; of those below a limit."""
     order = np.argsort(number, kind="stable")
     found, starts = np.unique(number[order], return_index=True)
-    for mine, rows in zip(found.tolist(), np.split(order, starts[1:]), strict=True):
-        if mine != NOWHERE:
-            yield mine, rows
+    stops = [*starts[1:].tolist(), len(order)][: len(found)]
+    for mine, start, stop in zip(found.tolist(), starts.tolist(), stops, strict=True):
+        if below is None or mine < below:
+            yield mine, order[start:stop]
 
 
 def _joined(parts: list[Part]) -> Part:

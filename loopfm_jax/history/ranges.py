@@ -18,12 +18,12 @@ import numpy as np
 from loopfm_jax.history.rowfile import Column
 from loopfm_jax.history.slices import SliceConfig, Slices, in_parts, parts_of, slices
 
-RANGE = 1 << 23
+RANGE = 12 << 20
 """Events of a range, about: some 80 bytes of memory each."""
 SAMPLES, SAMPLE = 256, 256
 """Places in the log that are looked at to find cuts, and rows at each."""
-NOWHERE = np.iinfo(np.uint16).max
-"""Of rows that are no entries."""
+MOST = (1 << 16) - 1
+"""Ranges."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,21 @@ class Ranges:
     def __len__(self) -> int:
         return len(self.key) + 1
 
+    @property
+    def numbers(self) -> np.dtype:
+        """The smallest type; `len(self)` stands for nowhere."""
+        return np.min_scalar_type(len(self))
+
     def of(self, key: np.ndarray, time: np.ndarray) -> np.ndarray:
-        """Numbers of the ranges that (key, time) are in, uint16."""
-        number = np.searchsorted(self.key, key).astype(np.uint16)
+        """Numbers of the ranges that (key, time) are in, of type `numbers`."""
+        number = np.searchsorted(self.key, key).astype(self.numbers)
         if not len(self.key):
             return number
         tied = np.flatnonzero(self.key.take(number, mode="clip") == key)
         for name in np.unique(key[tied]):
             mine = tied[key[tied] == name]
             cuts = self.time[self.key == name]
-            number[mine] += np.searchsorted(cuts, time[mine], side="right").astype(np.uint16)
+            number[mine] += np.searchsorted(cuts, time[mine], side="right").astype(self.numbers)
         return number
 
     def begins_within(self, number: int) -> int | None:
@@ -71,7 +76,7 @@ class Ranges:
 
 def cut(log: Asked, *, size: int) -> Ranges:
     """Ranges of about `size` entries, by samples of the log."""
-    count = min(-(-len(log) // size), NOWHERE)
+    count = min(-(-len(log) // size), MOST)
     starts = np.linspace(0, max(0, len(log) - SAMPLE), SAMPLES if count > 1 else 0).astype(int)
     parts = [slice(low, low + SAMPLE) for low in starts.tolist()]
     key, time = (
@@ -94,9 +99,9 @@ class Part(NamedTuple):
 
 
 def entry_ranges(log: Asked, ranges: Ranges, part: slice) -> np.ndarray:
-    """Where rows are as entries."""
+    """Where rows are as entries; `len(ranges)`: they are none."""
     number = ranges.of(log.key[part], log.logged_time[part])
-    return number if log.kept is None else np.where(log.kept[part], number, np.uint16(NOWHERE))
+    return number if log.kept is None else np.where(log.kept[part], number, len(ranges))
 
 
 def asked_ranges(log: Asked, ranges: Ranges, part: slice, config: SliceConfig) -> np.ndarray:
@@ -157,14 +162,16 @@ def slices_within(
 def slices_of(log: Asked, config: SliceConfig) -> Slices:
     """`slices` of a whole log, range by range; `order` holds rows of the log, int32."""
     ranges = cut(log, size=RANGE)
-    entry, asked = np.empty(len(log), np.uint16), np.empty(len(log), np.uint16)
+    if len(ranges) == 1 and log.kept is None:
+        return _slices_at_once(log, config)
+    entry, asked = np.empty(len(log), ranges.numbers), np.empty(len(log), ranges.numbers)
 
     def find(part: slice) -> None:
         entry[part] = entry_ranges(log, ranges, part)
         asked[part] = asked_ranges(log, ranges, part, config)
 
     in_parts(find, len(log))
-    order = np.empty(int((entry != NOWHERE).sum()), np.int32)
+    order = np.empty(int((entry < len(ranges)).sum()), np.int32)
     end, length = np.empty(len(log), np.int64), np.empty(len(log), np.int32)
     offset, tails = 0, {}
     for number in range(len(ranges)):
@@ -180,15 +187,30 @@ def slices_of(log: Asked, config: SliceConfig) -> Slices:
     return Slices(order, end, length)
 
 
+def _slices_at_once(log: Asked, config: SliceConfig) -> Slices:
+    key = log.key[:]
+    found = slices(
+        entry_key=key,
+        entry_time=log.logged_time[:],
+        query_key=key,
+        query_time=log.time[:],
+        config=config,
+    )
+    return found._replace(order=found.order.astype(np.int32))
+
+
 def _within(log: Asked, number: int, *, entry: np.ndarray, asked: np.ndarray) -> tuple[Part, Part]:
     """Entries and examples of one range; the log is read from front to back."""
 
     def pick(part: slice) -> tuple[np.ndarray, ...]:
         e, a = (np.flatnonzero(x[part] == number) for x in (entry, asked))
         key, logged, time = log.key[part], log.logged_time[part], log.time[part]
-        return e + part.start, key[e], logged[e], a + part.start, key[a], time[a]
+        rows = np.arange(part.start, part.stop, dtype=np.int32)
+        return rows[e], key[e], logged[e], rows[a], key[a], time[a]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         pieces = list(pool.map(pick, parts_of(len(log)) or [slice(0, 0)]))
-    found = [np.concatenate(piece) for piece in zip(*pieces, strict=True)]
+    columns = [list(column) for column in zip(*pieces, strict=True)]
+    del pieces
+    found = [np.concatenate(columns.pop(0)) for _ in range(6)]  # pieces go as they are joined
     return Part(*found[:3]), Part(*found[3:])
