@@ -202,9 +202,9 @@ def test_choices_of_the_vm_alone_are_experiments_of_their_own(loopfm):
 def test_force_redoes_every_stage_once(loopfm, monkeypatch):
     made = []
 
-    def count(stage, work, *, force=False):
+    def count(stage, work, *, force=False, together=False):
         made.extend([stage.directory] if force else [])
-        return run(stage, work, force=force)
+        return run(stage, work, force=force, together=together)
 
     run = stages.run
     monkeypatch.setattr(stages, "run", count)
