@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import jax
@@ -45,7 +46,7 @@ def make(config: Config, *, command: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "command": command,
         "date": date.today().isoformat(),
-        "versions": versions((*PACKAGES, "libtpu")),
+        "versions": versions((*PACKAGES, *(["libtpu"] if find_spec("libtpu") else []))),
         "table_rows": schema.table_rows,
         "programs": [],
     }
