@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from loopfm_jax import loop, memory, sharding
+from loopfm_jax.aot.programs import state_shapes
 from loopfm_jax.bench import flops
 from loopfm_jax.bench.jobs import Train
 from loopfm_jax.bench.model import FOREVER, Subject, Taught, make_subject
@@ -72,14 +73,11 @@ def _bytes(account: Any) -> int:
 
 def _programs(subject: Subject | Taught) -> tuple[Any, Any]:
     """What makes the state, and the step, lowered from shapes alone."""
-    optimiser = make_optimiser(subject.config.train.optim, steps=FOREVER)
-    graphdef, init = loop.outline(subject.build, optimiser)
+    train = subject.config.train
+    optimiser = make_optimiser(train.optim, steps=FOREVER)
+    graphdef, init, state = state_shapes(subject.task, optimiser, subject.mesh, fsdp=train.fsdp)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
     seed = jnp.asarray(subject.seed, jnp.uint32)
-    shapes = jax.eval_shape(init, seed)
-    shardings = sharding.for_state(subject.mesh, shapes, fsdp=subject.config.train.fsdp)
-    state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
     batch = loop.put(source_of(subject)[0], subject.mesh)
     step = loop.make_step(subject.task, optimiser, graphdef, shardings)
     drawing = jax.jit(init, out_shardings=shardings).lower(seed)
