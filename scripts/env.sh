@@ -1,6 +1,7 @@
 # Makes .venv with the locked dependencies; sourced by quickstart.sh and test.sh.
 #   make_env <folder> <python> <extras>       extras: "" or "[dev]"
-# uv when it is there or pip can fetch it, else pip. Both read requirements.lock as constraints.
+# uv when it is there or pip can fetch it, else pip. Both read requirements.lock as constraints, and
+# both compile what they install: else every process would do so anew where folders are read only.
 
 find_python() { # find_python <version or "">: prints an interpreter >= 3.11
   local candidate
@@ -25,12 +26,12 @@ make_env() {
   fi
   echo "installing into $folder ..." >&2
   "$python" -m venv "$folder"
+  local uv=("$folder/bin/uv" pip install --python "$folder/bin/python" --compile-bytecode)
   if command -v uv >/dev/null; then
-    uv pip install -q --python "$folder/bin/python" -c requirements.lock -e ".$extras"
-  elif "$folder/bin/python" -m pip install -q uv 2>/dev/null; then
-    "$folder/bin/uv" pip install -q --python "$folder/bin/python" -c requirements.lock -e ".$extras"
-  else
-    "$folder/bin/python" -m pip install -q -c requirements.lock -e ".$extras"
+    uv[0]=uv
+  elif ! "$folder/bin/python" -m pip install -q uv 2>/dev/null; then
+    uv=("$folder/bin/python" -m pip install)
   fi
+  "${uv[@]}" -q -c requirements.lock -e ".$extras"
   echo "$stamp" > "$folder/.stamp"
 }

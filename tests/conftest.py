@@ -9,7 +9,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"  # a process per core: t-SNE's threads would wait for each other
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8"
-    " --xla_backend_optimization_level=0"  # these programs run for less time than they compile
+    # These programs run for less time than they compile.
+    " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 )
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/loopfm_jax/test-xla").expanduser())
