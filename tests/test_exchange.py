@@ -80,10 +80,14 @@ def test_twenty_steps_have_the_losses_of_one_device(shape, folder):
     np.testing.assert_allclose(many, one, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(8, 1), (4, 2)])
+@every_mesh
 def test_tables_learned_by_rows_too(shape, folder):
-    """And what is sent is of no table's size either."""
-    rule = "rowwise_adagrad"
+    """And what is sent is of no table's size either.
+
+    Not by rowwise_adagrad: at ten times the rate, a row whose gradient is rounding (1e-10) moves
+    enough that one ReLU more or less fires.
+    """
+    rule = "rowwise_rms"
     one, many = (steps(s, folder, tables=rule) for s in (MESHES[0], shape))
     assert one.losses[0] - min(one.losses) > 1e-3, "something must have been learned"
     np.testing.assert_allclose(many.losses, one.losses, rtol=1e-5)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mesh_steps import collectives
 
 from loopfm_jax import packing
-from loopfm_jax.packing import BLOCK, LARGE, Parts, Tokens, budget
+from loopfm_jax.packing import BLOCK, LARGE, SMALL, Parts, Tokens, budget
 from loopfm_jax.sharding import MeshConfig, make_mesh, split
 
 B, L, T = 6, 4, 25  # one slot more than B * L: a packed batch always has an unreal one
@@ -226,17 +226,18 @@ def test_agrees_with_grains_packer():
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
-@given(st.integers(1, 60), st.lists(st.integers(0, 60), min_size=1, max_size=40))
-def test_budget_holds_everything_in_few_shapes(longest, lengths):
-    lengths_B = np.minimum(lengths, longest)
+@given(st.integers(1, 60), st.lists(st.integers(0, 60), min_size=1, max_size=40), st.booleans())
+def test_budget_holds_everything_in_few_shapes(longest, lengths, small):
+    """Not more than the next larger share: a small one a quarter, a larger one a half to an eighth."""
+    copies = 1 if small else -(-SMALL // (len(lengths) * longest))
+    lengths_B = np.tile(np.minimum(lengths, longest), copies)
+    whole, total = len(lengths_B) * longest, lengths_B.sum()
     slots = budget(lengths_B, longest=longest)
-    assert slots >= lengths_B.sum()
-    shapes = sorted({budget(np.array([n]), longest=longest) for n in range(longest + 1)})
-    assert len(shapes) <= 5
-    whole = len(lengths_B) * longest
-    assert slots % 64 == 0 and 0 < slots <= whole + 63
-    # Not more than the next larger share: at most twice what is there, or the smallest share.
-    assert slots < max(2 * lengths_B.sum(), whole / 8) + 64
+    assert slots % 64 == 0 and max(total, 1) <= slots <= whole + 63
+    least, step = (4, 4) if small else (8, 2)
+    assert slots < max(step * total, whole / least) + 64
+    evenly = [np.full(len(lengths_B), n) for n in range(longest + 1)]
+    assert len({budget(x, longest=longest) for x in evenly}) <= (2 if small else 4)
 
 
 def test_a_batch_without_any_history_still_has_slots():
