@@ -22,6 +22,7 @@ from loopfm_jax.data.tabular import TabularLog
 from loopfm_jax.data.taobao_ad import TaobaoAd
 from loopfm_jax.fm.compressor import CompressorConfig
 from loopfm_jax.fm.teacher import FMConfig
+from loopfm_jax.history.encoders import EncoderConfig
 from loopfm_jax.history.store import HistoryConfig
 from loopfm_jax.loop import TrainConfig
 from loopfm_jax.tables import TableConfig
@@ -39,7 +40,7 @@ def get_config() -> Config:
             compressor=CompressorConfig(width=4, prefixes=(), hidden=(8,)),
             train=TRAIN,
         ),
-        vm=VMConfig(backbone=DEEPFM, train=TRAIN),
+        vm=VMConfig(backbone=DEEPFM, encoder=EncoderConfig(name="mean"), train=TRAIN),
         history=HistoryConfig(length=5),
         methods=("base",),
     )

@@ -64,7 +64,7 @@ def test_an_analysis_of_a_trained_vm(exported):
     assert "Attention by the age" in (exported.workdir / "analysis.html").read_text()
     message = exported.fail(exported.argv("analyse", *options, "--vm.encoder.score-hidden", "9"))
     assert "made with another configuration (vm.encoder.score_hidden was" in message
-    exported.succeed("analyse", "--methods", "loopfm", "--vm.encoder.name", "mean")
+    exported.succeed("analyse", "--methods", "loopfm")
     found = json.loads((exported.workdir / "analysis.json").read_text())["attention"]
     assert found == {"missing": "the encoder mean has no attention"}
 

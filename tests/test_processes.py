@@ -18,7 +18,7 @@ from loopfm_jax.processes import ProcessesConfig
 OPTIONS = (
     "--mesh.data 2 --methods loopfm --export.code int8 --log-residency blocks "
     "--history.residency host --fm.train.order.order mixed "
-    "--fm.train.order.batch 512 --vm.train.order.batch 512 --vm.encoder.name mean"
+    "--fm.train.order.batch 512 --vm.train.order.batch 512"
 ).split()
 
 

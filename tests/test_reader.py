@@ -89,7 +89,7 @@ def test_codes_that_name_no_vectors_cannot_be_trained():
 def test_a_vm_trains_and_serves_them(tmp_path, capsys):
     command = CommandLine(tmp_path, capsys)
     options = ("--export.code", "rq", "--export.books", "2", "--vm.encoder.trainable-codes")
-    found = command.succeed("run", *options, "--methods", "loopfm", "--vm.encoder.name", "mean")
+    found = command.succeed("run", *options, "--methods", "loopfm")
     fixed = 4 * 32 + (32 + 1) * 2 * 4  # project, and the summary's two fields
     fields = 2 * 4 * 8  # of the first hidden layer
     more = found["methods"]["loopfm"]["params"] - found["methods"]["base"]["params"]
@@ -98,7 +98,7 @@ def test_a_vm_trains_and_serves_them(tmp_path, capsys):
 
 def test_a_choice_of_raw_fields_makes_another_vm_from_the_same_store(tmp_path, capsys):
     command = CommandLine(tmp_path, capsys)
-    options = ("--methods", "raw", "--seeds", "1", "--vm.encoder.name", "mean")
+    options = ("--methods", "raw", "--seeds", "1")
     params = command.succeed("run", *options)["methods"]["raw"]["params"]  # item_id, topic
     store = (command.workdir / "history/manifest.json").stat().st_mtime_ns
     chosen = (*options, "--history.raw", "surface", "user_id", "hour")

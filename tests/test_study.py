@@ -161,7 +161,7 @@ def test_decomposition_is_exact_and_has_the_errors_of_its_rows():
 
 
 def test_a_study_runs_every_experiment_once_and_goes_on(loopfm):
-    small = ["--study.lengths", "2", "5", "--vm.encoder.name", "mean"]
+    small = ["--study.lengths", "2", "5"]
     line = loopfm.succeed("study", *small, "--tables", "seeds,length")
     made = sorted(loopfm.workdir.glob("*/*/manifest.json"))
     stages = [path.parent.parent.name for path in made]
@@ -192,7 +192,7 @@ def test_a_study_runs_every_experiment_once_and_goes_on(loopfm):
 
 def test_choices_of_the_vm_alone_are_experiments_of_their_own(loopfm):
     """Taps share every stage but the VM's."""
-    taps = ["--fm.taps", "hidden_0", "embedding", "item", "--vm.encoder.name", "mean"]
+    taps = ["--fm.taps", "hidden_0", "embedding", "item"]
     line = loopfm.succeed("study", *taps, "--tables", "tap")
     aucs = [cell["auc"] for cell in line["tables"]["tap"]]
     assert len(aucs) == 5 and len(set(aucs)) == 5
@@ -208,7 +208,7 @@ def test_force_redoes_every_stage_once(loopfm, monkeypatch):
 
     run = stages.run
     monkeypatch.setattr(stages, "run", count)
-    loopfm.succeed("study", "--tables=seeds", "--vm.encoder.name", "mean", "--force")
+    loopfm.succeed("study", "--tables=seeds", "--force")
     assert len(made) == len(set(made)) == 4 + 4  # prepare to structure, and four VMs
 
 

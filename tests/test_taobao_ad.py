@@ -265,6 +265,7 @@ def test_the_whole_loop(tmp_path, capsys):
     raw = write_release(tmp_path / "raw", rows=1500)
     line = CommandLine(tmp_path, capsys)
     line.configure(f"TaobaoAd(raw_dir=Path({str(raw)!r}), length=5, min_count=2)")
-    found = line.succeed("run", "--methods", "loopfm", "--vm.backbone.behaviours")
+    options = ("--vm.backbone.behaviours", "--vm.encoder.name", "dmin")
+    found = line.succeed("run", "--methods", "loopfm", *options)
     assert found["dataset"] == "taobao_ad"
     assert set(found["methods"]) == {"base", "loopfm"}
