@@ -42,7 +42,7 @@ def test_profiles_are_correlations_of_every_dimension():
 
 
 def test_an_analysis_of_an_export(exported):
-    line = exported.succeed("analyse")
+    line = exported.succeed("analyse", "--vm.encoder.name", "din")
     assert set(line["taps"]) == {"hidden_0"}
     found = json.loads((exported.workdir / "analysis.json").read_text())["taps"]["hidden_0"]
     assert found["width"] == 4 and len(found["singular_values"]) == 4

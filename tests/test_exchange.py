@@ -80,7 +80,7 @@ def test_twenty_steps_have_the_losses_of_one_device(shape, folder):
     np.testing.assert_allclose(many, one, rtol=1e-5)
 
 
-@every_mesh
+@pytest.mark.parametrize("shape", [(8, 1), (4, 2)])
 def test_tables_learned_by_rows_too(shape, folder):
     """And what is sent is of no table's size either.
 

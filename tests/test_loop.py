@@ -113,7 +113,7 @@ def test_a_resumed_run_ends_bit_equal(tmp_path: Path, stop_at: int) -> None:
     assert not (tmp_path / "torn" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("rule", ["adam", "rowwise_adagrad", "lazy_adam"])
+@pytest.mark.parametrize("rule", ["adam", "rowwise_rms", "lazy_adam"])
 def test_every_rule_of_tables_learns_and_resumes_on_any_mesh(tmp_path: Path, rule: str) -> None:
     config = replace(CONFIG, optim=OptimConfig(tables=rule, embedding_l2=1e-3, cooldown=0.5))
     how = {"config": config, "model": (Ctr, ctr_loss)}

@@ -228,7 +228,7 @@ def test_agrees_with_grains_packer():
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(st.integers(1, 60), st.lists(st.integers(0, 60), min_size=1, max_size=40), st.booleans())
 def test_budget_holds_everything_in_few_shapes(longest, lengths, small):
-    """Not more than the next larger share: a small one a quarter, a larger one a half to an eighth."""
+    """Not more than the next larger share: a quarter if it is small, else a half to an eighth."""
     copies = 1 if small else -(-SMALL // (len(lengths) * longest))
     lengths_B = np.tile(np.minimum(lengths, longest), copies)
     whole, total = len(lengths_B) * longest, lengths_B.sum()

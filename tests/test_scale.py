@@ -12,7 +12,6 @@ import pytest
 from flax import nnx
 
 from loopfm_jax.backbones import BackboneConfig
-from loopfm_jax.backbones.config import STACKED
 from loopfm_jax.bench.data import write_log
 from loopfm_jax.bench.protocol import peak_rss_bytes
 from loopfm_jax.config import Config
@@ -64,7 +63,7 @@ def test_every_size_is_hit_and_counted_exactly(name):
         assert point.spec["backbone"]["attention_hidden"] == (16, 8)  # the DNN alone grows
 
 
-@pytest.mark.parametrize("name", STACKED)
+@pytest.mark.parametrize("name", ["wukong", "kunlun"])
 def test_a_stack_grows_deeper_by_the_root_of_how_it_grows_wider(name):
     [point] = plan(config(name, sizes=(2e7,), sweeps=("fm",)), dtype="float32")
     grown = point.spec["backbone"]
@@ -228,7 +227,7 @@ def test_what_does_not_fit_is_left_out_by_name(quick, loopfm, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--scale.sizes", "1e3"], ("scale.sizes holds 1k", "dense parameters")),
+        (["--scale.sizes", "100"], ("scale.sizes holds 100", "dense parameters")),
         (["--scale.sizes", "1e6", "1e6"], ("scale.sizes is [1e+06 1e+06]", "once")),
         (["--scale.rows", "10"], ("scale.rows[0] is 10", "1000")),
         (["--scale.steps", "1"], ("scale.steps is 1", "at least 3")),
