@@ -31,8 +31,8 @@ AXES: dict[str, str | tuple[str, ...] | None] = {
     "entries": "data",
 }
 """Axes of arrays by what they count -> the axes of the mesh that split them; None: whole."""
-FSDP = PartitionSpec(None, AXES["columns and data"])
-"""Of a kernel that lies split over all devices."""
+COLUMNS, FSDP = (PartitionSpec(None, AXES[name]) for name in ("columns", "columns and data"))
+"""Of a kernel that is split over `model`, and over all devices."""
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"\brows_VE$", ("rows", None)),
     (r"\bdnn/layers/\d+/kernel$", (None, "columns")),
@@ -175,10 +175,11 @@ def check_divides(
 def gather(kernel: jax.Array) -> jax.Array:
     """A kernel that FSDP splits, as the step computes with it: split over `model` alone. Its
     gradient is split as the kernel was."""
-    return jax.lax.with_sharding_constraint(kernel, PartitionSpec(None, AXES["columns"]))
+    return jax.lax.with_sharding_constraint(kernel, COLUMNS)
 
 
 def _scatter(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+    gradient = jax.lax.with_sharding_constraint(gradient, COLUMNS)
     return (jax.lax.with_sharding_constraint(gradient, FSDP),)
 
 

@@ -6,7 +6,9 @@ from importlib.util import find_spec
 
 import bench_cases
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
 
 from loopfm_jax.aot import account, chips, shapes, work
 from loopfm_jax.aot.hlo import Collective, collectives
@@ -22,7 +24,7 @@ from loopfm_jax.history.encoders import EncoderConfig
 from loopfm_jax.history.store import HistoryConfig
 from loopfm_jax.loop import TrainConfig
 from loopfm_jax.optim import OptimConfig
-from loopfm_jax.sharding import MeshConfig, make_mesh, mesh_of
+from loopfm_jax.sharding import FSDP, MeshConfig, gather, make_mesh, mesh_of, split
 from loopfm_jax.vm.student import VMConfig
 
 HLO = """
@@ -40,10 +42,15 @@ HloModule step
   %again = f32[16]{0} all-reduce(%x), channel_id=2, replica_groups={{0,1},{2,3}}, to_apply=%add
 }
 
+%all-reduce-scatter.1 (x: f32[15]) -> f32[8] {
+  %summed = f32[16]{0} all-reduce(%x), channel_id=5, replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+
 ENTRY %main (a: f32[8,4]) -> f32[8,4] {
   %once = f32[16]{0} all-reduce(%x), channel_id=2, replica_groups={{0,1},{2,3}}, to_apply=%add
   %twice = f32[16]{0} fusion(%x), kind=kCustom, calls=%spread
   %loop = (s32[], f32[8,4]{1,0}) while(%init), condition=%more, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %cut = f32[8]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
   %moved = (bf16[6]{0}, bf16[6]{0}, u32[], u32[]) collective-permute-start(%b), channel_id=3
   %scattered = f32[2]{0} reduce-scatter(%x), channel_id=4, replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add
 }
@@ -54,7 +61,7 @@ def test_collectives_are_counted_by_what_a_device_receives():
     assert collectives(HLO, devices=8) == [
         Collective("all-gather", 3, 3 * 8 * 4 * 4 * 3 / 4),  # three trips, a quarter is its own
         Collective("all-reduce", 1, 2 * 16 * 4 / 2),  # one channel, written twice
-        Collective("reduce-scatter", 1, 3 * 2 * 4),
+        Collective("reduce-scatter", 2, 3 * 2 * 4 + 16 * 4 / 2),  # and one as TPUs write it
         Collective("collective-permute", 1, 6 * 2),
     ]
 
@@ -155,13 +162,36 @@ def test_mistakes_get_one_message(options, words, loopfm, monkeypatch):
     assert all(word in message for word in words), message
 
 
-@pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed (extra [aot])")
+needs_libtpu = pytest.mark.skipif(
+    find_spec("libtpu") is None, reason="libtpu is not installed (extra [aot])"
+)
+
+
+@needs_libtpu
+def test_the_gradient_of_a_kernel_that_fsdp_splits_is_summed_in_its_parts():
+    devices = chips.find("v5p:2x2x2")
+    mesh = mesh_of(MeshConfig(4, 2), devices.devices)
+    kernel = jax.ShapeDtypeStruct((512, 1024), jnp.float32, sharding=NamedSharding(mesh, FSDP))
+    x_BX = jax.ShapeDtypeStruct((64, 512), jnp.float32, sharding=split(mesh, "examples"))
+
+    def loss(kernel, x_BX):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jnp.square(x_BX @ gather(kernel)).sum()
+
+    step = jax.jit(jax.grad(loss), out_shardings=kernel.sharding).lower(kernel, x_BX).compile()
+    sent = {c.kind: c.bytes for c in collectives(step.as_text() or "", devices=8)}
+    part = 512 * 1024 / 2 * 2 * 3 / 4  # of a half of the columns, in bfloat16 or float32
+    assert part <= sent["all-gather"] <= 2 * part and part <= sent["reduce-scatter"] <= 2 * part
+    assert sent.get("all-reduce", 0) < part / 100
+
+
+@needs_libtpu
 def test_the_smallest_tpu_slice_is_compiled_for():
     devices = chips.find("v5e:1x1")
     assert devices.platform == "tpu" and len(devices.devices) == 1
     one = replace(setting(), mesh=mesh_of(MeshConfig(), devices.devices))
     program = PROGRAMS["export"](one)
     told = account.account(program, program.lowered.compile(), devices=1)
-    assert told["bytes"]["padding"] > 0, "a TPU fills arrays up to its tiles"
+    assert told["bytes"]["program"] > 0 and told["bytes"]["activations"] > 0
     assert told["collective_bytes"] == 0
     assert not account.estimate(told, replace(devices.chip, memory=1), flops=1.0, devices=1)["fits"]

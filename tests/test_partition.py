@@ -126,8 +126,8 @@ def learn(mesh: tuple[int, int], folder, count: int = 6):
 
 
 def test_histories_are_looked_up_at_home_and_losses_are_those_of_one_device(tmp_path):
-    one, _, _, _ = learn((1, 1), tmp_path / "one")
-    losses, text, codes, sizes = learn((4, 2), tmp_path / "many")
+    one, _, _, _ = learn((1, 1), tmp_path)
+    losses, text, codes, sizes = learn((4, 2), tmp_path)
     np.testing.assert_allclose(losses, one, rtol=1e-5)
     shard = codes.addressable_shards[0].data
     assert len(shard) == len(codes) // 4 < 1.3 * 640 / 4, "a device has its part"

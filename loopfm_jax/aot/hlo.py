@@ -20,6 +20,9 @@ CALLED = re.compile(
     r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
 )
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+SCATTER = "all-reduce-scatter"
+"""How TPUs name a computation that runs as a reduce-scatter and is written as an all-reduce that is
+cut."""
 TRIPS = re.compile(r'known_trip_count"?:\{"n":"(\d+)"')
 ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\]")
 
@@ -88,7 +91,10 @@ def _walk(
         if kind in KINDS:
             channel = re.search(r"channel_id=(\d+)", line)
             told = channel[1] if channel else f"{name}/{number}"
-            yield _Call(kind, told, _received(kind, call[1], line, devices)), times
+            size = _received(kind, call[1], line, devices)
+            if name.startswith(SCATTER):
+                kind, size = "reduce-scatter", size / 2
+            yield _Call(kind, told, size), times
             continue
         trips = TRIPS.search(line)
         inner = times * int(trips[1]) if trips and call[2] == "while" else times
