@@ -32,7 +32,7 @@ TAOBAO = PUBLIC["TaobaoAd_x1"]
 LOG, PREPARED = LogSpec(TAOBAO.schema), PreparedSpec(TAOBAO.schema)
 HISTORIES = HistorySpec()
 OPTIM = OptimConfig(embedding_l2=5e-6)
-FAST = Side("loopfm", "fast", spec={"optim": {**asdict(OPTIM), "tables": "rowwise_adagrad"}})
+FAST = Side("loopfm", "fast", spec={"optim": {**asdict(OPTIM), "tables": "rowwise_rms"}})
 IN_BF16 = tuple(
     replace(side, dtype="bfloat16", spec={**side.spec, "dtype": "bfloat16"}, accelerator=True)
     for side in (EXACT, FAST)
