@@ -88,7 +88,7 @@ def test_tables_grow_in_all_fields_alike_and_learn_by_rows(tmp_path):
     jobs = started(case, tmp_path)
     large, small = jobs["loopfm"].facts["params"], jobs["0m-rows"].facts["params"]
     assert large - small > 0.98 * 4500 * (16 + 1)  # and a weight per row
-    assert case.ours[0].spec["optim"]["tables"] == "rowwise_adagrad"
+    assert case.ours[0].spec["optim"]["tables"] == "rowwise_rms"
     losses = jobs["loopfm"].run(seconds=0, steps=3).losses
     assert losses[0] == pytest.approx(np.log(2), abs=1e-3) and losses[2] < losses[0]
     assert grow(bench_cases.SCHEMA, 7900).table_rows == pytest.approx(7900, rel=0.01)
