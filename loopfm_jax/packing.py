@@ -224,7 +224,8 @@ def budget(lengths_B: np.ndarray, *, longest: int, parts: int = 1) -> int:
     octaves = math.log2(whole / total) + 1e-9
     if whole < LARGE:
         unit, octaves = 64 * parts, min(math.floor(octaves), 3)
-        octaves -= octaves % 2 if whole < SMALL else 0
+        if whole < SMALL:
+            octaves -= octaves % 2
     else:
         unit, octaves = math.lcm(BLOCK, parts), math.floor(8 * octaves) / 8
     return -(-max(total, math.ceil(whole * 2**-octaves)) // unit) * unit
