@@ -1,8 +1,9 @@
 """One mesh (data, model) and one table of rules: which axis of which array is split over what.
 
 "pjit" in this project means `jax.jit` with these shardings. Tables are split by rows over all
-devices, kernels of a DNN by columns over `model`, batches over `data`; everything else is
-replicated. With FSDP a DNN's kernels lie split over `data` too, and are gathered for the step.
+devices, kernels of a DNN by columns over `model`, a compressor's as the activation that it reads,
+batches over `data`; everything else is replicated. With FSDP a DNN's kernels lie split over `data`
+too, and are gathered for the step.
 """
 
 import math
@@ -27,15 +28,20 @@ AXES: dict[str, str | tuple[str, ...] | None] = {
     "rows": ALL,
     "columns": "model",
     "columns and data": ("model", "data"),
+    "tapped": "model",
     "examples": "data",
     "entries": "data",
 }
 """Axes of arrays by what they count -> the axes of the mesh that split them; None: whole."""
+YIELDING = {"tapped"}
+"""Axes that stay whole where the mesh does not divide them: of a tap the user chooses no width."""
 COLUMNS, FSDP = (PartitionSpec(None, AXES[name]) for name in ("columns", "columns and data"))
 """Of a kernel that is split over `model`, and over all devices."""
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"\brows_VE$", ("rows", None)),
     (r"\bdnn/layers/\d+/kernel$", (None, "columns")),
+    (r"\bcompressors/\w+/encoder/layers/0/kernel$", ("tapped", None)),
+    (r"\bcompressors/\w+/decoders/\d+/layers/[1-9]\d*/kernel$", (None, "tapped")),
 )
 """The axes of a parameter, and of what an optimiser keeps of it, by the end of its path."""
 REMEDY = {
@@ -138,8 +144,7 @@ def for_state(mesh: Mesh, tree: Any, *, fsdp: bool = False) -> Any:
         axes = axes_of(name)
         if fsdp:
             axes = tuple("columns and data" if axis == "columns" else axis for axis in axes)
-        check_divides(mesh, name, leaf.shape, axes)
-        return split(mesh, *axes)
+        return split(mesh, *divided(mesh, name, leaf.shape, axes))
 
     return jax.tree.map_with_path(rule, tree)
 
@@ -156,19 +161,27 @@ def axes_of(name: str) -> tuple[str | None, ...]:
     return next(iter(found.values()), ())
 
 
-def check_divides(
+def divided(
     mesh: Mesh, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]
-) -> None:
-    """Raises UserError where the mesh does not divide an axis, with both names of it."""
-    for size, axis in zip(shape, axes, strict=False):
+) -> tuple[str | None, ...]:
+    """The axes that the mesh divides, None for a yielding one that it does not.
+
+    Raises:
+      UserError: another that it does not divide, with both names of it.
+    """
+    kept = list(axes)
+    for i, (size, axis) in enumerate(zip(shape, axes, strict=False)):
         over = AXES[axis] if axis else None
         over = (over,) if isinstance(over, str) else over or ()
         parts = math.prod(mesh.shape[one] for one in over)
-        if axis and size % parts:
+        if axis in YIELDING and size % parts:
+            kept[i] = None
+        elif axis and size % parts:
             told, what = " x ".join(f"mesh.{one}" for one in over), axis.split()[0]
             raise UserError(
                 f"{name}: {size} {what} do not divide over {told} = {parts}: {REMEDY[axis]}"
             )
+    return tuple(kept)
 
 
 @jax.custom_vjp

@@ -58,6 +58,21 @@ def test_every_table_and_hidden_layer_of_a_backbone_has_one_rule(case):
     }
 
 
+def test_a_compressor_is_split_as_the_activation_that_it_reads_where_that_divides():
+    mesh = make_mesh(MeshConfig(*MESH))
+
+    def spec(layer: str, *shape: int) -> P:
+        name = f"compressors/0/{layer}/kernel"
+        leaf = jax.ShapeDtypeStruct(shape, "f4")
+        return sharding.for_state(mesh, {name: leaf})[name].spec
+
+    assert spec("encoder/layers/0", 6, 5) == P("model", None)
+    assert spec("encoder/layers/1", 6, 4) == P()
+    assert spec("decoders/2/layers/0", 4, 6) == P()
+    assert spec("decoders/2/layers/1", 5, 6) == P(None, "model")
+    assert spec("encoder/layers/0", 7, 6) == P(None, None), "a tap of any width is allowed"
+
+
 def test_rules_that_collide_say_so(monkeypatch):
     more = (*sharding.RULES, (r"layers/0/kernel$", (None, "columns")))
     monkeypatch.setattr(sharding, "RULES", more)
