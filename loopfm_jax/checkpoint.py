@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from loopfm_jax import processes, sharding
+from loopfm_jax.rngs import Rngs
 from loopfm_jax.tables import Frozen, with_pretrained
 
 CHECKPOINTS = "checkpoints"
@@ -98,7 +99,7 @@ def load_model(
     Args:
       pretrained: the tables that were not saved, by field.
     """
-    shapes = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    shapes = nnx.eval_shape(lambda: build(Rngs(0)))
     graphdef, *parts = nnx.split(shapes, Frozen, ...)
     frozen, state = (
         jax.tree.map(

@@ -22,6 +22,7 @@ from loopfm_jax.data.batches import Assemble, Batch, GlobalBatches, OrderConfig,
 from loopfm_jax.errors import UserError, check_limits
 from loopfm_jax.optim import OptimConfig, Optimiser, make_optimiser
 from loopfm_jax.progress import track
+from loopfm_jax.rngs import Rngs
 from loopfm_jax.tables import with_pretrained
 
 
@@ -155,10 +156,10 @@ def outline(
     build: Callable[[nnx.Rngs], nnx.Module], optimiser: Optimiser
 ) -> tuple[Any, Callable[[jax.Array], State]]:
     """(graph, seed -> fresh state), of which `jax.eval_shape` knows the size without making it."""
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: build(Rngs(0))))
 
     def init(seed: jax.Array) -> State:
-        params, rest = _parts(build(nnx.Rngs(jax.random.key(seed))))
+        params, rest = _parts(build(Rngs(jax.random.key(seed))))
         step = jnp.zeros((), jnp.int32)
         return State(step, seed, params, rest, optimiser.init(params))
 

@@ -20,6 +20,7 @@ from loopfm_jax.fm.teacher import loss as teacher_loss
 from loopfm_jax.history.codes import Codec
 from loopfm_jax.history.encoders import TIMED
 from loopfm_jax.optim import Optimiser, make_optimiser
+from loopfm_jax.rngs import Rngs
 from loopfm_jax.scale.plan import builder
 from loopfm_jax.vm.student import Student
 
@@ -92,7 +93,7 @@ def vm_train(setting: Setting) -> Program:
 def export(setting: Setting) -> Program:
     """Batch -> stored bytes, as `export` runs it."""
     config, mesh = setting.config, setting.mesh
-    model = nnx.eval_shape(lambda: _teacher(setting)(nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: _teacher(setting)(Rngs(0)))
     graphdef, state = nnx.split(model)
     plain = nnx.to_pure_dict(state)
     state = shapes.place(plain, sharding.for_state(mesh, plain))

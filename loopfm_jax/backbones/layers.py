@@ -124,7 +124,7 @@ class Dice(nnx.Module):
         """Mean and variance [W] of the real rows, which the running ones learn of."""
         mean_W, variance_W = moments(wide(x_NW), real_N)
         for running, now in ((self.mean_W, mean_W), (self.variance_W, variance_W)):
-            running[...] = self.MOMENTUM * running[...] + (1 - self.MOMENTUM) * now
+            running.set_value(self.MOMENTUM * running[...] + (1 - self.MOMENTUM) * now)
         return mean_W, variance_W
 
     def gate(self, x: jax.Array, mean_W: jax.Array, variance_W: jax.Array) -> jax.Array:

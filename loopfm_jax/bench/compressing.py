@@ -10,6 +10,7 @@ from loopfm_jax import memory
 from loopfm_jax.bench.protocol import Measured, Spec, timed
 from loopfm_jax.fm.compressor import Autoencoder, CompressorConfig
 from loopfm_jax.history.codes import Codec, dequantise, quantise
+from loopfm_jax.rngs import Rngs
 
 BATCHES = 8
 """Different ones, in turn."""
@@ -22,9 +23,7 @@ class Compress:
         memory.keep_freed()
         size, inputs = spec["batch"], spec["inputs"]
         codec = Codec(spec["code"], spec["width"])
-        model = Autoencoder(
-            inputs, CompressorConfig(width=codec.width, prefixes=()), rngs=nnx.Rngs(0)
-        )
+        model = Autoencoder(inputs, CompressorConfig(width=codec.width, prefixes=()), rngs=Rngs(0))
         graphdef, state = nnx.split(model)
         rng = np.random.default_rng(0)
         given = [rng.normal(size=(size, inputs)).astype(np.float32) for _ in range(BATCHES)]

@@ -18,6 +18,7 @@ from loopfm_jax.bench.protocol import Measured, Spec, timed
 from loopfm_jax.history.codes import Codec, dequantise
 from loopfm_jax.history.encoders import ENCODERS, EncoderConfig
 from loopfm_jax.packing import Tokens, budget, pack, pad
+from loopfm_jax.rngs import Rngs
 
 BATCHES = 16
 """Different ones, in turn."""
@@ -48,7 +49,7 @@ class Encode:
         memory.keep_freed()
         config, width = from_json(EncoderConfig, spec["encoder"]), spec["width"]
         codec, rng = Codec("int4", width), np.random.default_rng(1)
-        model = ENCODERS[config.name](width, width, config, rngs=nnx.Rngs(0))
+        model = ENCODERS[config.name](width, width, config, rngs=Rngs(0))
         graphdef, self._params = nnx.split(model)
         stored = rng.integers(0, 256, (spec["entries"], codec.columns), np.uint8)
         self._store = jax.device_put(stored)

@@ -21,6 +21,7 @@ from loopfm_jax.fm.teacher import FMConfig
 from loopfm_jax.fm.train import Lessons
 from loopfm_jax.history.codes import Codec
 from loopfm_jax.loop import put
+from loopfm_jax.rngs import Rngs
 from loopfm_jax.sharding import MeshConfig, make_mesh
 from loopfm_jax.tables import TableConfig
 
@@ -34,7 +35,7 @@ def make_exporter(spec: Spec) -> tuple[Exporter, np.ndarray]:
         compressor=CompressorConfig(width=spec["width"], prefixes=()),
     )
     config = ExportConfig(batch=spec["batch"])
-    model = lessons.builder(fm)(nnx.Rngs(0))
+    model = lessons.builder(fm)(Rngs(0))
     codecs = {tap: Codec(config.code, code_width(config, fm)) for tap in fm.taps}
     rows = np.arange(len(inputs.log) // config.batch * config.batch)
     return Exporter(lessons, model, codecs, mesh, config.batch, None), rows

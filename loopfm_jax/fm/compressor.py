@@ -80,9 +80,9 @@ class Standardise(nnx.Module):
         mean_D, variance_D = e_BD.mean(axis=0), e_BD.var(axis=0)
         seen = self.batches[...]
         kept = jnp.minimum(MOMENTUM, seen / (seen + 1))
-        self.mean_D[...] = kept * self.mean_D[...] + (1 - kept) * mean_D
-        self.variance_D[...] = kept * self.variance_D[...] + (1 - kept) * variance_D
-        self.batches[...] = seen + 1
+        self.mean_D.set_value(kept * self.mean_D[...] + (1 - kept) * mean_D)
+        self.variance_D.set_value(kept * self.variance_D[...] + (1 - kept) * variance_D)
+        self.batches.set_value(seen + 1)
         return self._scale(e_BD, mean_D, variance_D)
 
     def _scale(self, e_BD: jax.Array, mean_D: jax.Array, variance_D: jax.Array) -> jax.Array:

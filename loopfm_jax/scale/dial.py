@@ -18,6 +18,7 @@ from flax import nnx
 from loopfm_jax import loop, rows
 from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.backbones.config import MIXING, STACKED, TOKEN_BACKBONES
+from loopfm_jax.rngs import Rngs
 
 ALIGNED = 8
 """Wide layers are multiples of this, which matrix units want."""
@@ -63,7 +64,7 @@ Known = dict[int, dict[float, Turned]]
 
 def measure(build: Callable[[nnx.Rngs], nnx.Module]) -> Size:
     """Counts a model by its shapes."""
-    model = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: build(Rngs(0)))
     dense, tables = rows.split(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     return Size(loop.count(dense), loop.count(tables))
 

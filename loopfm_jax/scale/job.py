@@ -17,6 +17,7 @@ from loopfm_jax.bench.model import FOREVER, Subject, Taught, make_subject
 from loopfm_jax.bench.protocol import Measured, Spec, timed
 from loopfm_jax.data.batches import Batch, GlobalBatches
 from loopfm_jax.optim import make_optimiser
+from loopfm_jax.rngs import Rngs
 
 
 def nothing() -> Measured:
@@ -132,7 +133,7 @@ def count(subject: Subject | Taught, spec: Spec) -> tuple[float, float]:
     config, schema = subject.config.backbone, subject.examples.inputs.schema
     tokens, pairs = (spec[name] if schema.behaviours else 0.0 for name in ("tokens", "pairs"))
     if isinstance(subject, Taught):
-        model = nnx.eval_shape(lambda: subject.build(nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: subject.build(Rngs(0)))
         inputs = [compressor.inputs for compressor in model.compressors]
         whole = flops.train(schema, config, tokens=tokens, pairs=pairs)
         whole += sum(flops.compressor_train(subject.config.compressor, n) for n in inputs)

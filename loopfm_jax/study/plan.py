@@ -13,6 +13,7 @@ from loopfm_jax.data.schema import Schema
 from loopfm_jax.errors import UserError
 from loopfm_jax.fm.teacher import Teacher
 from loopfm_jax.progress import say
+from loopfm_jax.rngs import Rngs
 from loopfm_jax.study.cells import Cell, Table, changed
 from loopfm_jax.vm.methods import find_method
 
@@ -77,4 +78,4 @@ def _read_by(backbone: BackboneConfig, schema: Schema) -> Schema:
 
 
 def _build(model: Callable[[nnx.Rngs], nnx.Module]) -> None:
-    nnx.eval_shape(lambda: model(nnx.Rngs(0)))
+    nnx.eval_shape(lambda: model(Rngs(0)))
