@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The test suite with its dependencies:  scripts/test.sh [--python 3.12] [pytest arguments]
-# A process for every core, four at most; a file's tests stay together. `-n 0`: one process.
+# A process for every core, four at most; a file's tests stay together, and no file is kept for
+# last because it has few of them: those are the long ones. `-n 0`: one process.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/env.sh
@@ -11,4 +12,4 @@ if [ "${1:-}" = "--python" ]; then
 fi
 env=".venv${version:+-$version}"
 make_env "$env" "$(find_python "$version")" "[dev]"
-exec "$env/bin/python" -m pytest -n logical --maxprocesses 4 --dist loadfile "$@"
+exec "$env/bin/python" -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

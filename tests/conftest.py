@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8"
     # These programs run for less time than they compile.
     " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1"  # other cores have tests of their own
 )
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/loopfm_jax/test-xla").expanduser())

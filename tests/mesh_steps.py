@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from bench_cases import SCHEMA, backbone
 
@@ -54,13 +55,15 @@ def steps(
         config=subject.config.train.order,
         parts=sharding.parts(subject.mesh),
     )
-    losses, text = [], ""
+    losses, programs = [], {}
     for n in range(count):
         batch = loop.put(source[n], subject.mesh)
-        text = text or step.lower(state, batch, subject.past).compile().as_text()
-        state, numbers = step(state, batch, subject.past)
+        shapes = str(jax.tree.map(np.shape, batch))
+        if shapes not in programs:
+            programs[shapes] = step.lower(state, batch, subject.past).compile()
+        state, numbers = programs[shapes](state, batch, subject.past)
         losses.append(float(numbers["logloss"]))
-    return Steps(losses, text, state)
+    return Steps(losses, next(iter(programs.values())).as_text(), state)
 
 
 def collectives(hlo: str) -> list[int]:

@@ -1,5 +1,6 @@
 """How behaviours become vectors, against the equations of PAPER section 5, event by event."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 from noise import noisy
 
 from loopfm_jax.backbones import BackboneConfig, blockwise
-from loopfm_jax.backbones.attention import Query, Scores
+from loopfm_jax.backbones.attention import Query, Scores, candidate
 from loopfm_jax.backbones.behaviours import Interest, Seen
 from loopfm_jax.backbones.config import Spec
 from loopfm_jax.backbones.dien import DIEN
@@ -142,10 +143,15 @@ def test_first_score_layer_equals_its_concatenated_form(position_width):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
+def blocks_of(slots, monkeypatch):
+    monkeypatch.setattr(blockwise, "BLOCK", slots)
+    monkeypatch.setattr(blockwise, "LEAST", slots)
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_scores_by_block_are_those_of_all_at_once(rate, monkeypatch):
     """Values and gradients; with dropout, that a block drops its own."""
-    monkeypatch.setattr(blockwise, "BLOCK", 4)
+    blocks_of(4, monkeypatch)
     config = BackboneConfig(attention_hidden=(6, 5), attention_dropout=rate)
     scores = noisy(lambda rngs: Scores(config, M, rngs=rngs, dtype=jnp.float32))
     graphdef, params = nnx.split(scores)
@@ -169,6 +175,22 @@ def test_scores_by_block_are_those_of_all_at_once(rate, monkeypatch):
         monkeypatch.setattr(blockwise, "BLOCK", 2048)
         whole = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*given, key)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), blocks, whole)
+
+
+def test_only_the_first_layer_of_scores_is_computed_twice(monkeypatch):
+    blocks_of(4, monkeypatch)
+    config = BackboneConfig(attention_hidden=(7, 5))
+    scores = noisy(lambda rngs: Scores(config, M, rngs=rngs, dtype=jnp.float32))
+    graphdef, params = nnx.split(scores)
+    seen = make_seen(make_padded(), spare=2)
+
+    def loss(params):
+        query = candidate(seen.target_BM)
+        return nnx.merge(graphdef, params)(query, seen.events_TM, seen.tokens, key=None).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(params))
+    forward = r":f32\[4,(\d+)\] = dot_general\[dimension_numbers=\(\(\[1\], \[0\]\)"
+    assert sorted(re.findall(forward, text)) == ["1", "5", "7", "7"]
 
 
 # ---------------------------------------------------------------- DIN, DIEN, DMR

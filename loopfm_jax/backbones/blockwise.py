@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from jax.tree_util import Partial
 
 from loopfm_jax import sharding
-from loopfm_jax.backbones.layers import Key
+from loopfm_jax.backbones.layers import KEPT, Key
 from loopfm_jax.packing import BLOCK, Tokens
 from loopfm_jax.sharding import ALL
 
@@ -20,9 +20,9 @@ LEAST = 512
 
 def by_block(f: Callable[..., Any], *, ahead: int = 0) -> Callable[..., Any]:
     """`f(tokens, *per_token, key=..)` over BLOCK tokens of a device at a time, computed again for
-    the gradient.
+    the gradient but for what is named KEPT.
 
-    On CPU only: what a block needs stays in the cache, and memory does not grow with T. An
+    On CPU only: what a block needs stays in the cache, and memory hardly grows with T. An
     accelerator wants the large products, and few tokens are one block anyway.
 
     Args:
@@ -77,7 +77,8 @@ def _run(f: Callable[..., Any], given: Any, after: Any, key: Key) -> Any:
     blocks = jax.tree.map(divide, given, after)
     count = len(blocks[0].real_T)
     keys = None if key is None else jax.random.split(key, count)
-    part = jax.checkpoint(lambda at, key: f(*at, key=key))
+    keep = jax.checkpoint_policies.save_only_these_names(KEPT)
+    part = jax.checkpoint(lambda at, key: f(*at, key=key), policy=keep)
     found = jax.lax.map(lambda at: jax.tree.map(lambda x: x[:size], part(*at)), (blocks, keys))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
 

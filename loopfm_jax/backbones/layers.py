@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from loopfm_jax.errors import UserError, check_limits
@@ -18,6 +19,8 @@ from loopfm_jax.errors import UserError, check_limits
 Activation = Literal["relu", "dice"]
 Norm = Literal["none", "input", "hidden"]
 Key = jax.Array | None
+KEPT = "kept"
+"""Name of what is saved where all else is computed again (`blockwise`)."""
 
 
 def check_dnn(
@@ -205,7 +208,7 @@ class Mlp(nnx.Module):
         """As a call, from the first layer's linear result on, for who computes that otherwise."""
         results, inputs = [], x
         for i, k in enumerate(split(key, len(self.layers))):
-            x = self.layers[i](inputs) if i else x
+            x = checkpoint_name(self.layers[i](inputs), KEPT) if i else x
             if self.norms:
                 x = self.norms[i](x, use_running_average=key is None).astype(x.dtype)
             x = self.dice[i](x, train=key is not None, mask=mask) if self.dice else jax.nn.relu(x)

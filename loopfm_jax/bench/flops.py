@@ -15,7 +15,8 @@ from loopfm_jax.fm.compressor import CompressorConfig
 from loopfm_jax.history.encoders import POOLING, EncoderConfig, spec_of
 
 REMAT = True
-"""Whether the attention of backbones and encoders is computed again in the backward pass."""
+"""Whether the attention of backbones is computed again in the backward pass, but for what
+`backbones.blockwise` keeps: the later layers of score MLPs."""
 
 
 def forward(
@@ -64,12 +65,16 @@ def train(
 ) -> float:
     """FLOPs of one example's training step: the backward pass costs two forwards.
 
-    remat: attention is computed once more there.
+    remat: attention is computed once more there (`REMAT`).
     """
     whole = forward(schema, config, tokens=tokens, pairs=pairs, extra_fields=extra_fields)
     again = 0.0
     if remat and config.name in SEQUENCE_BACKBONES:
         again = whole - forward(schema, config, tokens=0, pairs=0)
+        if config.name in SCORED:
+            heads = config.heads if config.name == "dmin" else 1
+            kept = tokens * chain(*config.attention_hidden, 1)
+            again -= len(schema.behaviours) * heads * kept
     return 3 * whole + again
 
 
@@ -217,6 +222,8 @@ def in_window(window: int, tokens: float, pairs: float) -> float:
     return tokens * (window - window * (window - 1) / (2 * length))
 
 
+SCORED = ("din", "dien", "dmin")
+"""Backbones whose events are scored by an MLP."""
 INTERESTS = {"din": din, "dien": dien, "dmin": dmin, "hstu": hstu}
 ARMS = {"interformer": interformer_arm, "kunlun": kunlun_arms}
 LAYERS_OF = {"interformer": 1, "kunlun": 2}
