@@ -24,7 +24,7 @@ BLOCK = 2048
 """Large budgets are multiples of this: what runs over tokens block by block needs no remainder."""
 SMALL, LARGE = 4 * BLOCK, 32 * BLOCK
 """Slots B * L below which a program runs shorter than it compiles, so that few budgets pay, and
-from which on it runs longer: finer ones do."""
+from which on it runs so much longer that the finest do."""
 
 
 @struct.dataclass
@@ -215,17 +215,16 @@ WHOLE = Parts()
 def budget(lengths_B: np.ndarray, *, longest: int, parts: int = 1) -> int:
     """The smallest token budget whose parts hold these histories; nothing is ever dropped.
 
-    Few shapes, so that few programs compile: B * L, a half, a quarter and an eighth of it; where
-    that is small the whole and the quarter, where it is large eight steps from each half to the
-    next.
+    Few shapes, so that few programs compile: of B * L that is small the whole and the quarter; else
+    two steps from each half to the next, where it is large eight.
     """
     total = parts * max(int(lengths_B.reshape(parts, -1).sum(axis=1).max()), 1)
     whole = len(lengths_B) * longest
     octaves = math.log2(whole / total) + 1e-9
-    if whole < LARGE:
-        unit, octaves = 64 * parts, min(math.floor(octaves), 3)
-        if whole < SMALL:
-            octaves -= octaves % 2
+    if whole < SMALL:
+        unit, octaves = 64 * parts, 2 * min(math.floor(octaves / 2), 1)
+    elif whole < LARGE:
+        unit, octaves = math.lcm(BLOCK, parts), min(math.floor(2 * octaves) / 2, 3)
     else:
         unit, octaves = math.lcm(BLOCK, parts), math.floor(8 * octaves) / 8
     return -(-max(total, math.ceil(whole * 2**-octaves)) // unit) * unit

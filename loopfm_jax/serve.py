@@ -16,14 +16,16 @@ from flax import nnx
 
 from loopfm_jax.errors import UserError
 from loopfm_jax.history.reader import Past
+from loopfm_jax.packing import BLOCK
 from loopfm_jax.sharding import MeshConfig, make_mesh, split
 from loopfm_jax.vm.student import Student
 from loopfm_jax.vm.train import Examples
 
 BUCKETS = (1, 32, 256, 4096)
 """Examples of a request: rounded up to one of these."""
-SHARES = (0.25, 0.5, 1.0)
-"""Of the places for tokens, examples times the longest sequence: rounded up to one of these."""
+SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
+"""Of the places for tokens, examples times the longest sequence: rounded up to one of these. Most
+requests of a log are about as full as it is: a coarse share would be mostly padding."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,10 @@ def smallest_share(examples: Examples, batch: Mapping[str, Any], size: int) -> f
 
 
 def room(examples: int, longest: int, share: float) -> int:
-    """Token slots of a program."""
-    return -(-math.ceil(examples * longest * share) // 8) * 8
+    """Token slots of a program; whole blocks of them where there are many (`packing.BLOCK`)."""
+    slots = math.ceil(examples * longest * share)
+    unit = BLOCK if slots > BLOCK else 8
+    return -(-slots // unit) * unit
 
 
 def fill(

@@ -11,7 +11,7 @@ from loopfm_jax.config import load
 from loopfm_jax.errors import UserError
 from loopfm_jax.flow import Flow
 from loopfm_jax.history.encoders import EncoderConfig
-from loopfm_jax.serve import SHARES, Predictor, fill, open_predictor, packed, smallest_share
+from loopfm_jax.serve import SHARES, Predictor, fill, open_predictor, packed, room, smallest_share
 from loopfm_jax.sharding import MeshConfig, make_mesh
 from loopfm_jax.vm.train import load_vm
 
@@ -101,10 +101,10 @@ def test_every_request_has_a_program(predictor):
     batch = examples.batch(examples.inputs.rows("test")[:8])
     assert {kind for kind, *_ in packed(examples, batch)} == {"slices", "events"}
     for kind, name, longest in packed(examples, batch):
-        for length, share in ((longest, 1.0), (longest // 2, 0.5), (0, None)):
+        for length in (longest, longest // 2, 0):
             full = {**batch[kind][name], "length_B": np.full(8, length)}
             found = smallest_share(examples, batch | {kind: {**batch[kind], name: full}}, 8)
-            assert found in SHARES and (share is None or found >= share)
+            assert found in SHARES and room(8, longest, found) >= 8 * length
     assert set(predictor.programs) == {(size, share) for size in BUCKETS for share in SHARES}
 
 
