@@ -48,22 +48,37 @@ def steps(
     optim = replace(subject.config.train.optim, tables=tables)
     optimiser = make_optimiser(optim, steps=count)
     graphdef, state, shardings = loop.create(subject.build, optimiser, subject.mesh, 0, fsdp=fsdp)
-    step = loop.make_step(subject.task, optimiser, graphdef, shardings)
+    step = Compiled(loop.make_step(subject.task, optimiser, graphdef, shardings))
     source = GlobalBatches(
         subject.rows,
         subject.examples.batch,
         config=subject.config.train.order,
         parts=sharding.parts(subject.mesh),
     )
-    losses, programs = [], {}
+    losses = []
     for n in range(count):
         batch = loop.put(source[n], subject.mesh)
-        shapes = str(jax.tree.map(np.shape, batch))
-        if shapes not in programs:
-            programs[shapes] = step.lower(state, batch, subject.past).compile()
-        state, numbers = programs[shapes](state, batch, subject.past)
+        state, numbers = step(state, batch, subject.past)
         losses.append(float(numbers["logloss"]))
-    return Steps(losses, next(iter(programs.values())).as_text(), state)
+    return Steps(losses, step.text, state)
+
+
+class Compiled:
+    """A jitted step, compiled once for every shape of its batches."""
+
+    def __init__(self, step: Any):
+        self.step, self.programs = step, {}
+
+    def __call__(self, state: Any, batch: Any, past: Any) -> Any:
+        shapes = str(jax.tree.map(np.shape, batch))
+        if shapes not in self.programs:
+            self.programs[shapes] = self.step.lower(state, batch, past).compile()
+        return self.programs[shapes](state, batch, past)
+
+    @property
+    def text(self) -> str:
+        """Of the first program."""
+        return next(iter(self.programs.values())).as_text()
 
 
 def collectives(hlo: str) -> list[int]:

@@ -1,14 +1,13 @@
-"""Tables split over devices: rows asked of their owners, and what a whole step sends."""
+"""Tables split over devices: rows are asked of their owners."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from mesh_steps import CONFIG, MANY, MESHES, collectives, steps
+from mesh_steps import MESHES
 
 from loopfm_jax import exchange
-from loopfm_jax.backbones import blockwise
 from loopfm_jax.sharding import MeshConfig, make_mesh, split
 
 E = 3
@@ -55,63 +54,3 @@ def test_it_does_not_apply_on_one_device_or_where_sizes_do_not_divide():
         assert not exchange.applies(jnp.zeros((12, 1)), [jnp.zeros(4)])
         assert not exchange.applies(jnp.zeros((16, 1)), [jnp.zeros(4), jnp.zeros(6)])
     assert not exchange.applies(jnp.zeros((16, 1)), [jnp.zeros(4)])
-
-
-# ------------------------------------------------------------------------------- whole steps
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_blocks():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blockwise, "BLOCK", 64)
-        patch.setattr(blockwise, "LEAST", 8)
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("log")
-
-
-@every_mesh
-def test_twenty_steps_have_the_losses_of_one_device(shape, folder):
-    one, many = steps(MESHES[0], folder).losses, steps(shape, folder).losses
-    assert one[0] - min(one) > 1e-3, "something must have been learned"
-    np.testing.assert_allclose(many, one, rtol=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(8, 1), (4, 2)])
-def test_tables_learned_by_rows_too(shape, folder):
-    """And what is sent is of no table's size either.
-
-    Not by rowwise_adagrad: at ten times the rate, a row whose gradient is rounding (1e-10) moves
-    enough that one ReLU more or less fires.
-    """
-    rule = "rowwise_rms"
-    one, many = (steps(s, folder, tables=rule) for s in (MESHES[0], shape))
-    assert one.losses[0] - min(one.losses) > 1e-3, "something must have been learned"
-    np.testing.assert_allclose(many.losses, one.losses, rtol=1e-5)
-    table = MANY.table_rows * CONFIG.tables.width
-    assert max(collectives(many.hlo)) < table / 2
-
-
-@pytest.mark.parametrize("shape", [(8, 1), (4, 2)])
-def test_kernels_split_over_data_too_give_the_same_losses(shape, folder):
-    one, many = steps(MESHES[0], folder), steps(shape, folder, fsdp=True)
-    np.testing.assert_allclose(many.losses, one.losses, rtol=1e-5)
-
-
-@every_mesh
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_no_collective_is_of_a_tables_size(shape, fsdp, folder):
-    """Whole steps with dense Adam; what is sent is at most a few times the looked-up rows."""
-    table = MANY.table_rows * CONFIG.tables.width
-    sent = collectives(steps(shape, folder, fsdp=fsdp).hlo)
-    assert sent and max(sent) < table / 2, (max(sent), table)
-    assert collectives(f"x = f32[{table}] all-gather(y)") == [table]
-
-
-def test_a_step_sends_rows_and_gradients_and_no_tokens(folder):
-    """13 collectives; 25 where tokens do not lie where their examples lie."""
-    sent = collectives(steps((8, 1), folder).hlo)
-    assert len(sent) < 18, sent

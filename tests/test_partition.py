@@ -6,7 +6,7 @@ import bench_cases
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mesh_steps import collectives
+from mesh_steps import Compiled, collectives
 
 from loopfm_jax import infer, loop
 from loopfm_jax.bench import rows
@@ -107,7 +107,7 @@ def learn(mesh: tuple[int, int], folder, count: int = 6):
     subject, examples = student(mesh, folder)
     optimiser = make_optimiser(subject.config.train.optim, steps=count)
     graphdef, state, where = loop.create(subject.build, optimiser, subject.mesh, 0)
-    step = loop.make_step(subject.task, optimiser, graphdef, where)
+    step = Compiled(loop.make_step(subject.task, optimiser, graphdef, where))
     source = GlobalBatches(
         subject.rows,
         examples.batch,
@@ -115,14 +115,13 @@ def learn(mesh: tuple[int, int], folder, count: int = 6):
         parts=loop.sharding.parts(subject.mesh),
         seating=examples.seating,
     )
-    past, losses, text, sizes = examples.past(subject.mesh), [], "", []
+    past, losses, sizes = examples.past(subject.mesh), [], []
     for n in range(count):
         batch = loop.put(source[n], subject.mesh)
-        text = text or step.lower(state, batch, past).compile().as_text()
         state, numbers = step(state, batch, past)
         losses.append(float(numbers["logloss"]))
         sizes.append(len(batch["label_B"]))
-    return losses, text, past.entries["key"].codes["hidden_0"], sizes
+    return losses, step.text, past.entries["key"].codes["hidden_0"], sizes
 
 
 def test_histories_are_looked_up_at_home_and_losses_are_those_of_one_device(tmp_path):
