@@ -224,7 +224,7 @@ def put(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
     except ValueError:
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
             name = "batch" + jax.tree_util.keystr(path)
-            sharding.divided(mesh, name, leaf.shape, ("examples",))
+            sharding.check_divides(mesh, name, leaf.shape, ("examples",))
         raise
 
 

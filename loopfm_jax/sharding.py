@@ -144,7 +144,12 @@ def for_state(mesh: Mesh, tree: Any, *, fsdp: bool = False) -> Any:
         axes = axes_of(name)
         if fsdp:
             axes = tuple("columns and data" if axis == "columns" else axis for axis in axes)
-        return split(mesh, *divided(mesh, name, leaf.shape, axes))
+        axes = tuple(
+            None if axis in YIELDING and size % parts_over(mesh, axis) else axis
+            for size, axis in zip(leaf.shape, axes, strict=False)
+        )
+        check_divides(mesh, name, leaf.shape, axes)
+        return split(mesh, *axes)
 
     return jax.tree.map_with_path(rule, tree)
 
@@ -161,27 +166,29 @@ def axes_of(name: str) -> tuple[str | None, ...]:
     return next(iter(found.values()), ())
 
 
-def divided(
-    mesh: Mesh, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]
-) -> tuple[str | None, ...]:
-    """The axes that the mesh divides, None for a yielding one that it does not.
+def over(axis: str | None) -> tuple[str, ...]:
+    """The axes of the mesh that split an axis."""
+    found = AXES[axis] if axis else None
+    return (found,) if isinstance(found, str) else found or ()
 
-    Raises:
-      UserError: another that it does not divide, with both names of it.
-    """
-    kept = list(axes)
-    for i, (size, axis) in enumerate(zip(shape, axes, strict=False)):
-        over = AXES[axis] if axis else None
-        over = (over,) if isinstance(over, str) else over or ()
-        parts = math.prod(mesh.shape[one] for one in over)
-        if axis in YIELDING and size % parts:
-            kept[i] = None
-        elif axis and size % parts:
-            told, what = " x ".join(f"mesh.{one}" for one in over), axis.split()[0]
+
+def parts_over(mesh: Mesh, axis: str | None) -> int:
+    """Into how many parts a mesh splits an axis."""
+    return math.prod(mesh.shape[one] for one in over(axis))
+
+
+def check_divides(
+    mesh: Mesh, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]
+) -> None:
+    """Raises UserError where the mesh does not divide an axis, with both names of it."""
+    for size, axis in zip(shape, axes, strict=False):
+        parts = parts_over(mesh, axis)
+        if axis and size % parts:
+            told = " x ".join(f"mesh.{one}" for one in over(axis))
             raise UserError(
-                f"{name}: {size} {what} do not divide over {told} = {parts}: {REMEDY[axis]}"
+                f"{name}: {size} {axis.split()[0]} do not divide over {told} = {parts}: "
+                f"{REMEDY[axis]}"
             )
-    return tuple(kept)
 
 
 @jax.custom_vjp
