@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from loopfm_jax import sharding
+from loopfm_jax import compiler, sharding
 from loopfm_jax.data.batches import Assemble, GlobalBatches, OrderConfig, Seating, iterate
 from loopfm_jax.loop import put
 from loopfm_jax.progress import track
@@ -33,7 +33,7 @@ def make_step(step: Step, graphdef: Any, mesh: Mesh, *, written: Written = "once
             return step(nnx.merge(graphdef, state), batch, constants)
 
     where = sharding.split(mesh, "examples" if written == "once" else None)
-    return jax.jit(on_mesh, out_shardings=where)
+    return jax.jit(on_mesh, out_shardings=where, compiler_options=compiler.options(mesh))
 
 
 def run(

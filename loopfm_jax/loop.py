@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx, struct
 from jax.sharding import Mesh
 
-from loopfm_jax import checkpoint, memory, sharding
+from loopfm_jax import checkpoint, compiler, memory, sharding
 from loopfm_jax.curve import Curve, Waiting
 from loopfm_jax.data.batches import Assemble, Batch, GlobalBatches, OrderConfig, Seating, iterate
 from loopfm_jax.errors import UserError, check_limits
@@ -196,7 +196,12 @@ def make_step(
         )
         return State(state.step + 1, state.seed, params, rest, moments), numbers
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+        compiler_options=compiler.options(where.mesh),
+    )
 
 
 def gather_kernels(model: nnx.Module, shardings: Any) -> None:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from loopfm_jax import compiler
 from loopfm_jax.errors import UserError
 from loopfm_jax.history.reader import Past
 from loopfm_jax.packing import BLOCK
@@ -98,10 +99,12 @@ def open_predictor(
         return nnx.sigmoid(student(batch, past).logits_B)
 
     step, one = jax.jit(predict), examples.batch(np.array([examples.inputs.splits["vm"].start]))
+    longest = max((longest for *_, longest in packed(examples, one)), default=1)
+    large = compiler.options(mesh)  # of few tokens, YNNPACK's products are the faster ones
     programs = {
         (size, share): step.lower(
             leaves, fill(examples, one, examples=size, share=share), past
-        ).compile()
+        ).compile(compiler_options=large if size * share * longest > BLOCK else None)
         for size in buckets
         for share in (SHARES if packed(examples, one) else SHARES[:1])
     }

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from noise import noisy
 
-from loopfm_jax.backbones.layers import Dice, Mlp, dense, dropout
+from loopfm_jax.backbones.layers import KEPT, Dice, Mlp, dense, dropout, relu_dropout
 
 
 def test_dropout_keeps_the_mean_and_needs_a_key():
@@ -19,6 +20,23 @@ def test_dropout_keeps_the_mean_and_needs_a_key():
     many = np.asarray(dropout(jnp.ones((20_000, 4)), 0.3, jax.random.key(0)))
     together = np.corrcoef((many == 0).T) - np.eye(4)  # one number decides about four
     assert np.abs(together).max() < 0.03
+
+
+@pytest.mark.parametrize("key", [None, 3])
+def test_relu_and_its_dropout_have_the_gradient_of_one_after_the_other(key):
+    key = None if key is None else jax.random.key(key)
+    x, seen = (jax.random.normal(jax.random.key(i), (7, 33)) for i in (1, 2))
+
+    def fused(x):
+        return seen * relu_dropout(x, 0.2, key, KEPT)
+
+    def plain(x):
+        return seen * dropout(jax.nn.relu(x), 0.2, key)
+
+    np.testing.assert_array_equal(fused(x), plain(x))
+    found, expected = (jax.grad(lambda x, f=f: f(x).sum())(x) for f in (fused, plain))
+    np.testing.assert_array_equal(found, expected)
+    assert 0 < (found == 0).mean() < 1
 
 
 def test_dropped_places_have_nothing_to_do_with_each_other():

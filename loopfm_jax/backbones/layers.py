@@ -6,7 +6,8 @@ final outputs stay in float32.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -66,18 +67,45 @@ def split(key: Key, count: int) -> list[Key]:
     return [None] * count if key is None else list(jax.random.split(key, count))
 
 
+def kept_of(rate: float) -> int:
+    """How many of 256 elements dropout keeps."""
+    return round(256 * (1 - rate))
+
+
 def dropout(x: jax.Array, rate: float, key: Key) -> jax.Array:
     """Zeroes elements with probability `rate` and scales the others; without a key, identity.
 
     The rate is rounded to 1/256: one drawn number decides about four elements, because drawing
     is what dropout costs where an MLP runs over tokens (benchmarks/LOG.md).
     """
-    kept = round(256 * (1 - rate))
+    kept = kept_of(rate)
     if key is None or kept == 256:
         return x
     words = hashed(key, -(-x.size // 4))
     byte = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[: x.size].reshape(x.shape)
     return jnp.where(byte < kept, x * (256 / kept), 0)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 3))
+def relu_dropout(x: jax.Array, rate: float, key: Key, name: str | None = None) -> jax.Array:
+    """Dropout of relu(x). Its gradient asks the result what passed, which the next layer keeps
+    anyway: nothing is drawn again, and x need not be kept.
+
+    name: of `checkpoint_name`, which the result gets where it is differentiated.
+    """
+    return dropout(jax.nn.relu(x), rate, key)
+
+
+@relu_dropout.defjvp
+def _relu_dropout_jvp(
+    rate: float, name: str | None, primals: tuple[jax.Array, Key], tangents: tuple[jax.Array, Any]
+) -> tuple[jax.Array, jax.Array]:
+    x, key = primals
+    passed = relu_dropout(x, rate, key, name)
+    if name is not None:
+        passed = checkpoint_name(passed, name)
+    scale = 1 if key is None else 256 / kept_of(rate)
+    return passed, jnp.where(passed > 0, scale * tangents[0], 0)
 
 
 def hashed(key: jax.Array, count: int) -> jax.Array:
@@ -208,12 +236,17 @@ class Mlp(nnx.Module):
         """As a call, from the first layer's linear result on, for who computes that otherwise."""
         results, inputs = [], x
         for i, k in enumerate(split(key, len(self.layers))):
-            x = checkpoint_name(self.layers[i](inputs), KEPT) if i else x
+            x = self.layers[i](inputs) if i else x
             if self.norms:
                 x = self.norms[i](x, use_running_average=key is None).astype(x.dtype)
-            x = self.dice[i](x, train=key is not None, mask=mask) if self.dice else jax.nn.relu(x)
+            if self.dice:
+                x = checkpoint_name(x, KEPT) if i else x
+                x = self.dice[i](x, train=key is not None, mask=mask)
+                inputs = dropout(x, self.rate, k)
+            else:
+                inputs = relu_dropout(x, self.rate, k, KEPT if i else None)
+                x = jax.nn.relu(x)
             results.append(x)
-            inputs = dropout(x, self.rate, k)
         return results if self.out is None else [*results, self.out(inputs)]
 
 

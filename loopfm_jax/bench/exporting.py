@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from loopfm_jax import memory, sharding
+from loopfm_jax import compiler, memory, sharding
 from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.bench import data
 from loopfm_jax.bench.model import from_json
@@ -83,7 +83,7 @@ class Forward:
         def step(state: Any, batch: Any, constants: Any) -> Any:
             return log_batch(nnx.merge(graphdef, state), batch, constants)["soft"]
 
-        self._step = jax.jit(step)
+        self._step = jax.jit(step, compiler_options=compiler.options(exporter.mesh))
 
     def run(self, *, seconds: float, steps: int) -> Measured:
         waiting: list[Any] = []

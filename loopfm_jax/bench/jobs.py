@@ -7,6 +7,7 @@ Training and inference assemble every host batch inside the timed loop, as `loop
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from loopfm_jax import loop, memory, sharding
+from loopfm_jax import compiler, loop, memory, sharding
 from loopfm_jax.bench.data import write_log
 from loopfm_jax.bench.model import FOREVER, Subject, Taught, make_subject, save_weights
 from loopfm_jax.bench.protocol import Measured, Spec, timed, timed_each
@@ -121,7 +122,7 @@ class Predict:
         """How many were compiled."""
         del state  # the optimiser's part is not served
 
-        @jax.jit
+        @partial(jax.jit, compiler_options=compiler.options(subject.mesh))
         def predict(state: Any, batch: Any, past: Any) -> jax.Array:
             self.programs += 1  # once per tracing
             return nnx.sigmoid(nnx.merge(graphdef, *state)(batch, past).logits_B)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loopfm_jax import memory
+from loopfm_jax import compiler, memory
 from loopfm_jax.bench.protocol import Measured, Spec, timed
 
 LARGE = 8192
@@ -29,14 +29,14 @@ def best(call: Callable[[], Any], *, repeats: int) -> float:
 
 
 def gemm_flops(sizes: list[int], *, repeats: int, dtype: str = "float32") -> float:
-    """FLOP/s of the fastest square product."""
-    multiply = jax.jit(lambda a, b: a @ b)
-    found = []
-    for n in sizes:
+    """FLOP/s of the fastest square product, compiled as steps are or by default."""
+
+    def rate(n: int, asked: dict[str, Any]) -> float:
+        multiply = jax.jit(lambda a, b: a @ b, compiler_options=asked)
         a, b = (jax.random.normal(jax.random.key(i), (n, n), dtype) for i in range(2))
-        seconds = best(lambda a=a, b=b: multiply(a, b).block_until_ready(), repeats=repeats)
-        found.append(2 * n**3 / seconds)
-    return max(found)
+        return 2 * n**3 / best(lambda: multiply(a, b).block_until_ready(), repeats=repeats)
+
+    return max(rate(n, asked) for n in sizes for asked in ({}, compiler.options()))
 
 
 def stream_bytes(count: int, *, repeats: int) -> float:
