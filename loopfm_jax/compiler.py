@@ -22,7 +22,7 @@ def options(mesh: Mesh | None = None) -> dict[str, Any]:
 
 @cache
 def _known(platform: str) -> dict[str, Any]:
-    """Those that this jaxlib has: two of them are no promise of XLA's."""
+    """Those that this jaxlib has: XLA promises none of them."""
     return {name: value for name, value in ASKED.get(platform, {}).items() if _takes(name, value)}
 
 
