@@ -62,6 +62,8 @@ class Trainable(NamedTuple):
     build: Callable[[nnx.Rngs], nnx.Module]
     loss: Callable[[Any, dict[str, jax.Array], Any, jax.Array], tuple[jax.Array, Any]]
     """(model, batch, constants, key) -> mean loss, dict of scalars for the curve."""
+    small_products: bool = False
+    """Of `compiler.options`."""
 
 
 class Trained(NamedTuple):
@@ -200,7 +202,7 @@ def make_step(
         step,
         donate_argnums=0,
         out_shardings=(shardings, None),
-        compiler_options=compiler.options(where.mesh),
+        compiler_options=compiler.options(where.mesh, small=task.small_products),
     )
 
 

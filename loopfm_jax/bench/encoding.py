@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from loopfm_jax import compiler, memory
+from loopfm_jax import memory
 from loopfm_jax.bench.data import draw_lengths
 from loopfm_jax.bench.model import from_json
 from loopfm_jax.bench.protocol import Measured, Spec, timed
@@ -70,7 +70,7 @@ class Encode:
             value, gradient = jax.value_and_grad(loss)(params, store, batch)
             return jax.tree.map(lambda p, g: p - RATE * g, params, gradient), value
 
-        self._step = jax.jit(step, donate_argnums=0, compiler_options=compiler.options())
+        self._step = jax.jit(step, donate_argnums=0)
         self._turn = self._forever()
 
     def _draw(self, spec: Spec, rng: np.random.Generator) -> list[dict[str, np.ndarray]]:

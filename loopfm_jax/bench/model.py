@@ -75,7 +75,11 @@ class Subject:
     @property
     def task(self) -> loop.Trainable:
         """Mean cross-entropy of the label."""
-        return loop.Trainable(self.build, partial(Student.loss, config=DistilConfig()))
+        return loop.Trainable(
+            self.build,
+            partial(Student.loss, config=DistilConfig()),
+            small_products=self.examples.attends(self.config),
+        )
 
     @property
     def rows(self) -> np.ndarray:

@@ -16,7 +16,7 @@ from loopfm_jax.data.batches import Seating
 from loopfm_jax.data.log import LogResidency
 from loopfm_jax.data.raw import Holdout, vm_windows
 from loopfm_jax.errors import UserError
-from loopfm_jax.history.encoders import TIMED
+from loopfm_jax.history.encoders import POOLING, TIMED
 from loopfm_jax.history.join import Join
 from loopfm_jax.history.keys import key_values
 from loopfm_jax.history.reader import Past, Reading, raw_fields
@@ -65,6 +65,10 @@ class Examples:
     def seating(self) -> Seating | None:
         """Of batches."""
         return self.join.seating if self.join else None
+
+    def attends(self, config: VMConfig) -> bool:
+        """Whether the encoder weighs entries, by many small products, and does not just add up."""
+        return self.join is not None and config.encoder.name not in POOLING
 
     def past(self, mesh: Mesh) -> Past:
         """What waits on the device."""
@@ -177,7 +181,11 @@ def train_vm(
     examples = examples.on(mesh)
     past = examples.past(mesh)
     trained = loop.train(
-        loop.Trainable(_builder(examples, config), partial(Student.loss, config=config.distil)),
+        loop.Trainable(
+            _builder(examples, config),
+            partial(Student.loss, config=config.distil),
+            small_products=examples.attends(config),
+        ),
         examples.inputs.rows(*vm_windows(holdout)),
         examples.batch,
         config=config.train,
