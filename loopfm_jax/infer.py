@@ -25,7 +25,14 @@ class Writer(Protocol):
     def __setitem__(self, rows: Any, values: np.ndarray, /) -> None: ...
 
 
-def make_step(step: Step, graphdef: Any, mesh: Mesh, *, written: Written = "once") -> Any:
+def make_step(
+    step: Step,
+    graphdef: Any,
+    mesh: Mesh,
+    *,
+    written: Written = "once",
+    small_products: bool = False,
+) -> Any:
     """The jitted (state, batch, constants) -> results."""
 
     def on_mesh(state: Any, batch: dict[str, jax.Array], constants: Any) -> dict[str, jax.Array]:
@@ -33,7 +40,8 @@ def make_step(step: Step, graphdef: Any, mesh: Mesh, *, written: Written = "once
             return step(nnx.merge(graphdef, state), batch, constants)
 
     where = sharding.split(mesh, "examples" if written == "once" else None)
-    return jax.jit(on_mesh, out_shardings=where, compiler_options=compiler.options(mesh))
+    asked = compiler.options(mesh, small_products=small_products)
+    return jax.jit(on_mesh, out_shardings=where, compiler_options=asked)
 
 
 def run(
@@ -49,6 +57,7 @@ def run(
     title: str,
     written: Written = "everywhere",
     seating: Seating | None = None,
+    small_products: bool = False,
 ) -> float:
     """Fills `writers[name][i]` with `step(...)[name]` for every row; returns examples/s.
 
@@ -59,9 +68,10 @@ def run(
       written: by every process, whose arrays are its own; or every row by that one process that
         has it, into files that all share.
       seating: of `GlobalBatches`.
+      small_products: of `compiler.options`.
     """
     graphdef, state = nnx.split(model)
-    jitted = make_step(step, graphdef, mesh, written=written)
+    jitted = make_step(step, graphdef, mesh, written=written, small_products=small_products)
     per_device = mesh.shape["data"]
     config = OrderConfig(batch=max(per_device, batch // per_device * per_device))
     parts = sharding.parts(mesh)

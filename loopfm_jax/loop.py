@@ -63,7 +63,7 @@ class Trainable(NamedTuple):
     loss: Callable[[Any, dict[str, jax.Array], Any, jax.Array], tuple[jax.Array, Any]]
     """(model, batch, constants, key) -> mean loss, dict of scalars for the curve."""
     small_products: bool = False
-    """Of `compiler.options`."""
+    """What `compiler.options` wants to know."""
 
 
 class Trained(NamedTuple):
@@ -202,7 +202,7 @@ def make_step(
         step,
         donate_argnums=0,
         out_shardings=(shardings, None),
-        compiler_options=compiler.options(where.mesh, small=task.small_products),
+        compiler_options=compiler.options(where.mesh, small_products=task.small_products),
     )
 
 

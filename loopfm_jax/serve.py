@@ -99,15 +99,17 @@ def open_predictor(
         return nnx.sigmoid(student(batch, past).logits_B)
 
     step, one = jax.jit(predict), examples.batch(np.array([examples.inputs.splits["vm"].start]))
-    longest = max((longest for *_, longest in packed(examples, one)), default=1)
-    large = compiler.options(mesh)  # of few tokens, YNNPACK's products are the faster ones
-    programs = {
-        (size, share): step.lower(
-            leaves, fill(examples, one, examples=size, share=share), past
-        ).compile(compiler_options=large if size * share * longest > BLOCK else None)
-        for size in buckets
-        for share in (SHARES if packed(examples, one) else SHARES[:1])
-    }
+    parts = packed(examples, one)
+    longest = max((longest for *_, longest in parts), default=1)
+
+    def compiled(size: int, share: float) -> Any:
+        few = room(size, longest, share) <= BLOCK  # of which YNNPACK's products are the faster
+        filled = fill(examples, one, examples=size, share=share)
+        asked = compiler.options(mesh, small_products=few)
+        return step.lower(leaves, filled, past).compile(compiler_options=asked)
+
+    shares = SHARES if parts else SHARES[:1]
+    programs = {(size, share): compiled(size, share) for size in buckets for share in shares}
     return Predictor(examples, buckets, leaves, past, programs)
 
 

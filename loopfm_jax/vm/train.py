@@ -211,6 +211,7 @@ def train_vm(
         title=f"{title} {holdout}",
         seating=examples.seating,
         written="once",
+        small_products=examples.attends(config),
     )
     prediction.close()
     checkpoint.save_model(trained.model, directory)
