@@ -30,10 +30,17 @@ def make_step(
     graphdef: Any,
     mesh: Mesh,
     *,
-    written: Written = "once",
+    written: Written = "everywhere",
     small_products: bool = False,
 ) -> Any:
-    """The jitted (state, batch, constants) -> results."""
+    """The jitted (state, batch, constants) -> results.
+
+    Args:
+      graphdef: of the model.
+      written: by every process, whose arrays are its own; or every row by that one process that
+        has it, into files that all share.
+      small_products: of `compiler.options`.
+    """
 
     def on_mesh(state: Any, batch: dict[str, jax.Array], constants: Any) -> dict[str, jax.Array]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -46,7 +53,7 @@ def make_step(
 
 def run(
     model: nnx.Module,
-    step: Step,
+    program: Any,
     rows: np.ndarray,
     assemble: Assemble,
     writers: Mapping[str, Writer],
@@ -55,23 +62,18 @@ def run(
     mesh: Mesh,
     constants: Any = (),
     title: str,
-    written: Written = "everywhere",
     seating: Seating | None = None,
-    small_products: bool = False,
 ) -> float:
-    """Fills `writers[name][i]` with `step(...)[name]` for every row; returns examples/s.
+    """Fills `writers[name][i]` with `program(...)[name]` for every row; returns examples/s.
 
     One step is always in flight while the host writes the one before. The rate leaves out the
     first batch, which compiles.
 
     Args:
-      written: by every process, whose arrays are its own; or every row by that one process that
-        has it, into files that all share.
+      program: of `make_step`; the next pass over the same model's form may use it again.
       seating: of `GlobalBatches`.
-      small_products: of `compiler.options`.
     """
-    graphdef, state = nnx.split(model)
-    jitted = make_step(step, graphdef, mesh, written=written, small_products=small_products)
+    state = nnx.state(model)
     per_device = mesh.shape["data"]
     config = OrderConfig(batch=max(per_device, batch // per_device * per_device))
     parts = sharding.parts(mesh)
@@ -90,7 +92,7 @@ def run(
 
     with track(title, total=len(rows), unit="examples") as advance:
         for n, host_batch in enumerate(iterate(source)):
-            waiting.append((n, jitted(state, put(host_batch, mesh), constants)))
+            waiting.append((n, program(state, put(host_batch, mesh), constants)))
             if len(waiting) > 1:
                 count = write()
                 started, done = (time.monotonic(), 0) if n == 1 else (started, done + count)

@@ -18,16 +18,25 @@ class Scale(nnx.Module):
         self.by = nnx.Param(jnp.full((), 3.0))
 
 
+def as_batch(rows: np.ndarray, parts: object) -> dict[str, np.ndarray]:
+    return {"row_B": rows.astype(np.float32)}
+
+
 def run(rows: np.ndarray, *, batch: int) -> tuple[np.ndarray, float]:
-    found = np.full(len(rows), -1.0)
-    rate = infer.run(
-        Scale(),
+    found, model, mesh = np.full(len(rows), -1.0), Scale(), make_mesh(MeshConfig())
+    step = infer.make_step(
         lambda model, batch, constants: {"x": model.by[...] * batch["row_B"] + constants},
+        nnx.graphdef(model),
+        mesh,
+    )
+    rate = infer.run(
+        model,
+        step,
         rows,
-        lambda rows, _: {"row_B": rows.astype(np.float32)},
+        as_batch,
         {"x": found},
         batch=batch,
-        mesh=make_mesh(MeshConfig()),
+        mesh=mesh,
         constants=jnp.ones(()),
         title="",
     )
@@ -46,3 +55,20 @@ def test_rate_counts_every_row_after_the_first_batch(monkeypatch):
     monkeypatch.setattr(infer, "time", clock)
     assert run(np.arange(5), batch=2)[1] == (2 + 1) / 10
     assert math.isnan(run(np.arange(5), batch=8)[1])
+
+
+def test_a_program_is_traced_once_for_all_passes_of_one_form():
+    traced = []
+
+    def step(model, batch, constants):
+        traced.append(model)
+        return {"x": model.by[...] * batch["row_B"]}
+
+    model, mesh = Scale(), make_mesh(MeshConfig())
+    program = infer.make_step(step, nnx.graphdef(model), mesh)
+    for by in (3.0, 4.0):
+        model.by.set_value(jnp.full((), by))
+        found, rows = np.zeros(4), np.arange(4)
+        infer.run(model, program, rows, as_batch, {"x": found}, batch=2, mesh=mesh, title="")
+        np.testing.assert_array_equal(found, by * rows)
+    assert len(traced) == 1

@@ -150,7 +150,11 @@ def test_predictions_come_back_in_the_order_of_rows(tmp_path):
         written = {"prediction": np.full(150, np.nan, np.float32)}
         infer.run(
             model,
-            lambda model, batch, past: {"prediction": model(batch, past).logits_B},
+            infer.make_step(
+                lambda model, batch, past: {"prediction": model(batch, past).logits_B},
+                graphdef,
+                subject.mesh,
+            ),
             subject.rows[:150],
             examples.batch,
             written,

@@ -113,8 +113,8 @@ def run(command: CommandLine, monkeypatch, *options: str):
     """(facts of the export, title -> (rows, numbers, directions) of every pass over the log)."""
     passes = {}
 
-    def spy(model, step, rows, assemble, writers, *, title, **named):
-        rate = INFER(model, step, rows, assemble, writers, title=title, **named)
+    def spy(model, program, rows, assemble, writers, *, title, **named):
+        rate = INFER(model, program, rows, assemble, writers, title=title, **named)
         numbers = {name: np.array(values) for name, values in writers.items()}
         passes[title] = rows, numbers, np.asarray(model.compressors[0].directions_DZ[...])
         return rate

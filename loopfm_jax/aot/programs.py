@@ -100,7 +100,8 @@ def export(setting: Setting) -> Program:
     examples = setting.examples(config.export.batch)
     batch = setting.batch(_read_by_fm(setting), examples)
     codecs = {tap: setting.codec for tap in config.fm.taps}
-    lowered = infer.make_step(log_batch, graphdef, mesh).lower(state, batch, (codecs, {}, None))
+    step = infer.make_step(log_batch, graphdef, mesh, written="once")
+    lowered = step.lower(state, batch, (codecs, {}, None))
     held = _parts(state)
     return Program(lowered, held | {"batch": batch}, (held["dense"], batch), examples)
 

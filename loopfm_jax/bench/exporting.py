@@ -25,9 +25,12 @@ from loopfm_jax.rngs import Rngs
 from loopfm_jax.sharding import MeshConfig, make_mesh
 from loopfm_jax.tables import TableConfig
 
+BATCHES = 4
+"""Of a pass."""
+
 
 def make_exporter(spec: Spec) -> tuple[Exporter, np.ndarray]:
-    """An FM that was never trained over a generated log, and the rows of whole batches."""
+    """An FM that was never trained over a generated log, and the rows of a pass."""
     inputs = data.read_log(Path(spec["log"]), Schema.from_json(spec["schema"]))
     lessons, mesh = Lessons(inputs, None), make_mesh(MeshConfig())
     fm = FMConfig(
@@ -37,12 +40,12 @@ def make_exporter(spec: Spec) -> tuple[Exporter, np.ndarray]:
     config = ExportConfig(batch=spec["batch"])
     model = lessons.builder(fm)(Rngs(0))
     codecs = {tap: Codec(config.code, code_width(config, fm)) for tap in fm.taps}
-    rows = np.arange(len(inputs.log) // config.batch * config.batch)
+    rows = np.arange(min(len(inputs.log) // config.batch, BATCHES) * config.batch)
     return Exporter(lessons, model, codecs, mesh, config.batch, None), rows
 
 
 class Export:
-    """Batches made from the log, codes and soft labels in their files; a step is the log."""
+    """Batches made from the log, codes and soft labels in their files; a step is a pass."""
 
     def __init__(self, spec: Spec):
         memory.keep_freed()

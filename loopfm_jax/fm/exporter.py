@@ -69,6 +69,8 @@ class Exporter:
     """The model that goes on learning, where that is not the one that logs (`fm.refresh`)."""
     align: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Tap -> affine map [Z+1,Z] of its codes into an older checkpoint's space."""
+    programs: dict[infer.Written, Any] = field(default_factory=dict)
+    """Made so far, for all exporters that `replace` made of one: every day's pass runs the same."""
 
     def run(
         self,
@@ -79,9 +81,12 @@ class Exporter:
         written: infer.Written = "once",
     ) -> float:
         """Fills `codes_<tap>` and `soft` of `writers` for these rows; returns examples/s."""
+        if written not in self.programs:
+            form = nnx.graphdef(self.model)
+            self.programs[written] = infer.make_step(log_batch, form, self.mesh, written=written)
         return infer.run(
             self.model,
-            log_batch,
+            self.programs[written],
             rows,
             self.lessons.batch,
             writers,
@@ -89,7 +94,6 @@ class Exporter:
             mesh=self.mesh,
             constants=self.constants,
             title=title,
-            written=written,
         )
 
     @property
@@ -196,7 +200,7 @@ def _survey(
     title = "codes of the FM window"
     infer.run(
         model,
-        step,
+        infer.make_step(step, nnx.graphdef(model), mesh),
         rows,
         lessons.batch,
         found,

@@ -199,9 +199,16 @@ def train_vm(
     )
     judged = examples.inputs.rows(holdout)
     prediction = RowFile(directory / "prediction.npy", shape=(len(judged),), dtype=np.float32)
+    predict = infer.make_step(
+        _predict,
+        nnx.graphdef(trained.model),
+        mesh,
+        written="once",
+        small_products=examples.attends(config),
+    )
     infer.run(
         trained.model,
-        _predict,
+        predict,
         judged,
         examples.batch,
         {"prediction": prediction},
@@ -210,8 +217,6 @@ def train_vm(
         constants=past,
         title=f"{title} {holdout}",
         seating=examples.seating,
-        written="once",
-        small_products=examples.attends(config),
     )
     prediction.close()
     checkpoint.save_model(trained.model, directory)
