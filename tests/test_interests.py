@@ -11,8 +11,8 @@ from backbone_cases import CASES, B, L
 from flax import nnx
 from noise import noisy
 
-from loopfm_jax.backbones import BackboneConfig, blockwise
-from loopfm_jax.backbones.attention import Query, Scores, candidate
+from loopfm_jax.backbones import BackboneConfig, attention, blockwise
+from loopfm_jax.backbones.attention import FEW, Asked, Query, Scores
 from loopfm_jax.backbones.behaviours import Interest, Seen
 from loopfm_jax.backbones.config import Spec
 from loopfm_jax.backbones.dien import DIEN
@@ -121,8 +121,14 @@ def positioned(query: Query, target, i: int):
 # ---------------------------------------------------------------- attention
 
 
+@pytest.mark.parametrize("rectified", [False, True])
 @pytest.mark.parametrize("position_width", [0, 3])
-def test_first_score_layer_equals_its_concatenated_form(position_width):
+@pytest.mark.parametrize(("slots", "platform"), [(FEW, "cpu"), (FEW + 1, "cpu"), (FEW + 1, "tpu")])
+def test_first_score_layer_equals_its_concatenated_form(
+    slots, platform, position_width, rectified, monkeypatch
+):
+    """Whole, by example and by token."""
+    monkeypatch.setattr(attention.sharding, "platform", lambda: platform)
     config = BackboneConfig(attention_hidden=(6,))
     query = noisy(lambda rngs: Query(M, L, position_width, rngs=rngs))
     scores = noisy(lambda rngs: Scores(config, M, rngs=rngs, dtype=jnp.float32))
@@ -133,11 +139,13 @@ def test_first_score_layer_equals_its_concatenated_form(position_width):
         if query.position_LP is not None:
             both.append(query.position_LP[...][L - 1 - seen.tokens.rank_T])
         t = query.project(jnp.concatenate(both, axis=1))
+        t = jax.nn.relu(t) if rectified else t
         x = jnp.concatenate([t, events_TM, t - events_TM, t * events_TM], axis=1)
         return scores.mlp.layers[0](x)
 
     def split_up(target_BM, events_TM):
-        return scores.first_layer(query(target_BM, seen.tokens), events_TM)
+        first = scores.first(replace(query(target_BM), rectified=rectified), slots)
+        return first(seen.tokens, events_TM)
 
     got, want = (jax.jit(f)(seen.target_BM, seen.events_TM) for f in (split_up, concatenated))
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
@@ -159,8 +167,7 @@ def test_scores_by_block_are_those_of_all_at_once(rate, monkeypatch):
     key = jax.random.key(0) if rate else None
 
     def score(params, target_BM, events_TM, key):
-        query = lambda tokens: tokens.spread(target_BM)  # noqa: E731
-        return nnx.merge(graphdef, params)(query, events_TM, seen.tokens, key=key)
+        return nnx.merge(graphdef, params)(Asked(target_BM), events_TM, seen.tokens, key=key)
 
     def loss(*args):
         found_T = score(*args)
@@ -185,8 +192,8 @@ def test_only_the_first_layer_of_scores_is_computed_twice(monkeypatch):
     seen = make_seen(make_padded(), spare=2)
 
     def loss(params):
-        query = candidate(seen.target_BM)
-        return nnx.merge(graphdef, params)(query, seen.events_TM, seen.tokens, key=None).sum()
+        asked = Asked(seen.target_BM)
+        return nnx.merge(graphdef, params)(asked, seen.events_TM, seen.tokens, key=None).sum()
 
     text = str(jax.make_jaxpr(jax.grad(loss))(params))
     forward = r":f32\[4,(\d+)\] = dot_general\[dimension_numbers=\(\(\[1\], \[0\]\)"

@@ -5,7 +5,7 @@ What DIN, DIEN, DMR, DMIN and the history encoders share. Everything runs over p
 
 An event is scored by an MLP of [t, H, t-H, t*H], t the query, H the event (DIN, arXiv 1706.06978).
 That is ~95 % of these models' arithmetic. The first layer is computed as
-[H, t*H, t][Wb-Wc, Wd, Wa+Wc], three quarters of the products.
+[H, t*H][Wb-Wc, Wd] + t[Wa+Wc], half of the products where t is the same for all of an example.
 
 Difference from the public code: Dice in the score MLP takes its statistics from real events only.
 """
@@ -15,10 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, struct
 from jax.tree_util import Partial
 from jax.typing import DTypeLike
 
+from loopfm_jax import sharding
 from loopfm_jax.backbones.blockwise import by_block
 from loopfm_jax.backbones.config import BackboneConfig
 from loopfm_jax.backbones.layers import Dice, Key, Mlp, dense, dropout, split, weights, wide
@@ -27,17 +28,39 @@ from loopfm_jax.packing import Tokens
 FEW = 64
 """Tokens of which the first layer of scores is cheaper than adding up its kernels."""
 
-Asked = Partial
-"""Tokens, all or a block of them -> what their events are scored for, [T,M]."""
+First = Partial
+"""(tokens, events [T,M], all or a block of them) -> their first layer of scores, [T,W]."""
 
 
-def candidate(target_BM: jax.Array) -> Asked:
-    """Every event is scored for the candidate of its example."""
-    return Partial(lambda target_BM, tokens: tokens.spread(target_BM), target_BM)
+@struct.dataclass
+class Asked:
+    """What events are scored for: what their example asks and what their place does, added up."""
+
+    by_example: jax.Array | None = None
+    """[B,M], the candidate."""
+    by_column: jax.Array | None = None
+    """[L,M]."""
+    rectified: bool = struct.field(pytree_node=False, default=False)
+    """By a ReLU, through which no product passes."""
+
+    def __call__(self, tokens: Tokens) -> jax.Array:
+        """Token by token, [T,M]."""
+        found = []
+        if self.by_example is not None:
+            found.append(tokens.spread(self.by_example))
+        if self.by_column is not None:
+            found.append(self.by_column[tokens.column_T])
+        query_TM = sum(found[1:], found[0])
+        return jax.nn.relu(query_TM) if self.rectified else query_TM
+
+    def through(self, kernel_MW: jax.Array) -> "Asked":
+        """The same through a linear layer."""
+        assert not self.rectified
+        return jax.tree.map(lambda x: x @ kernel_MW, self)
 
 
 class Scores(nnx.Module):
-    """Queries and events [T,M] -> scores [T], float32; those of unreal slots mean nothing."""
+    """Events [T,M] -> scores [T], float32; those of unreal slots mean nothing."""
 
     def __init__(self, config: BackboneConfig, width: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.dtype = dtype
@@ -51,23 +74,25 @@ class Scores(nnx.Module):
             rngs=rngs,
         )
 
-    def first_layer(self, query_TM: jax.Array, events_TM: jax.Array) -> jax.Array:
-        """The MLP's first layer on [t, H, t-H, t*H] without building that, [T,W]."""
-        query_TM, events_TM = query_TM.astype(self.dtype), events_TM.astype(self.dtype)
-        if len(events_TM) <= FEW:
-            seen = [query_TM, events_TM, query_TM - events_TM, query_TM * events_TM]
-            return self.mlp.layers[0](jnp.concatenate(seen, axis=1))
+    def first(self, asked: Asked, slots: int) -> First:
+        """The MLP's first layer, with what it needs but once computed.
+
+        On CPU t is multiplied by example and looked up, which an accelerator, whose products cost
+        less than its memory, does token by token.
+        """
+        if slots <= FEW:
+            return Partial(_whole, self.mlp.layers[0], asked)
         kernel, bias_W = weights(self.mlp.layers[0])
         a_MW, b_MW, c_MW, d_MW = jnp.split(kernel, 4)
-        kernel_XW = jnp.concatenate([b_MW - c_MW, d_MW, a_MW + c_MW]).astype(self.dtype)
-        seen_TX = jnp.concatenate([events_TM, query_TM * events_TM, query_TM], axis=1)
-        return seen_TX @ kernel_XW + bias_W.astype(self.dtype)[None]
+        if asked.rectified or sharding.platform() != "cpu":
+            kernel_XW = jnp.concatenate([b_MW - c_MW, d_MW, a_MW + c_MW]).astype(self.dtype)
+            return Partial(_by_token, kernel_XW, bias_W.astype(self.dtype), asked)
+        kernel_XW = jnp.concatenate([b_MW - c_MW, d_MW]).astype(self.dtype)
+        return Partial(_by_example, kernel_XW, bias_W, asked, asked.through(a_MW + c_MW))
 
-    def score(
-        self, tokens: Tokens, query_TM: jax.Array, events_TM: jax.Array, *, key: Key
-    ) -> jax.Array:
+    def score(self, tokens: Tokens, first: First, events_TM: jax.Array, *, key: Key) -> jax.Array:
         """Of a part of the tokens; statistics of a batch need all of them at once."""
-        first_TW = self.first_layer(query_TM, events_TM)
+        first_TW = first(tokens, events_TM.astype(self.dtype))
         return self.mlp.after_first(first_TW, key=key, mask=tokens.real_T)[-1][:, 0]
 
     def by_block(self, f: Partial, *, key: Key) -> Callable[..., Any]:
@@ -78,18 +103,20 @@ class Scores(nnx.Module):
         return bool(self.mlp.dice) and key is not None
 
     def __call__(
-        self, query: Asked, events_TM: jax.Array, tokens: Tokens, *, key: Key
+        self, asked: Asked, events_TM: jax.Array, tokens: Tokens, *, key: Key
     ) -> jax.Array:
+        first = self.first(asked, len(events_TM))
         if self._together(key):
-            return self._by_layer(query, events_TM, tokens, key=key)
-        return by_block(Partial(_score, self, query))(tokens, events_TM, key=key)
+            return self._by_layer(first, events_TM, tokens, key=key)
+        return by_block(Partial(_score, self, first))(tokens, events_TM, key=key)
 
     def _by_layer(
-        self, query: Asked, events_TM: jax.Array, tokens: Tokens, *, key: Key
+        self, first: First, events_TM: jax.Array, tokens: Tokens, *, key: Key
     ) -> jax.Array:
         """As a call: block by block from the statistics of one Dice to those of the next."""
         assert self.mlp.out is not None
-        x_TW = by_block(Partial(_first_layer, self, query))(tokens, events_TM, key=None)
+        events_TM = events_TM.astype(self.dtype)
+        x_TW = by_block(Partial(_first_layer, first))(tokens, events_TM, key=None)
         layers = [*self.mlp.layers[1:], self.mlp.out]
         keys = split(key, len(layers))
         for dice, layer, own in zip(self.mlp.dice, layers, keys, strict=True):
@@ -101,15 +128,40 @@ class Scores(nnx.Module):
 
 
 def _score(
-    scores: Scores, query: Asked, tokens: Tokens, events_TM: jax.Array, *, key: Key
+    scores: Scores, first: First, tokens: Tokens, events_TM: jax.Array, *, key: Key
 ) -> jax.Array:
-    return scores.score(tokens, query(tokens), events_TM, key=key)
+    return scores.score(tokens, first, events_TM, key=key)
 
 
-def _first_layer(
-    scores: Scores, query: Asked, tokens: Tokens, events_TM: jax.Array, *, key: Key
+def _first_layer(first: First, tokens: Tokens, events_TM: jax.Array, *, key: Key) -> jax.Array:
+    return first(tokens, events_TM)
+
+
+def _whole(layer: nnx.Linear, asked: Asked, tokens: Tokens, events_TM: jax.Array) -> jax.Array:
+    query_TM = asked(tokens).astype(events_TM.dtype)
+    seen = [query_TM, events_TM, query_TM - events_TM, query_TM * events_TM]
+    return layer(jnp.concatenate(seen, axis=1))
+
+
+def _by_token(
+    kernel_XW: jax.Array, bias_W: jax.Array, asked: Asked, tokens: Tokens, events_TM: jax.Array
 ) -> jax.Array:
-    return scores.first_layer(query(tokens), events_TM)
+    query_TM = asked(tokens).astype(events_TM.dtype)
+    seen_TX = jnp.concatenate([events_TM, query_TM * events_TM, query_TM], axis=1)
+    return seen_TX @ kernel_XW + bias_W[None]
+
+
+def _by_example(
+    kernel_XW: jax.Array,
+    bias_W: jax.Array,
+    asked: Asked,
+    own: Asked,
+    tokens: Tokens,
+    events_TM: jax.Array,
+) -> jax.Array:
+    query_TM = asked(tokens).astype(events_TM.dtype)
+    seen_TX = jnp.concatenate([events_TM, query_TM * events_TM], axis=1)
+    return seen_TX @ kernel_XW + (own(tokens) + bias_W[None]).astype(events_TM.dtype)
 
 
 def _after_dice(
@@ -126,20 +178,20 @@ def _after_dice(
 
 
 class Query(nnx.Module):
-    """W [target ; position] + b, for every token; no positions where their width is 0."""
+    """W [target ; position] + b; no positions where their width is 0."""
 
     def __init__(self, width: int, length: int, position_width: int, *, rngs: nnx.Rngs):
         positions = jnp.zeros((length, position_width))
         self.position_LP = nnx.Param(positions) if position_width else None  # Orbax: no empty ones
         self.project = dense(width + position_width, width, rngs=rngs)
 
-    def __call__(self, target_BM: jax.Array, tokens: Tokens) -> jax.Array:
+    def __call__(self, target_BM: jax.Array) -> Asked:
         kernel, bias_M = weights(self.project)
         width = target_BM.shape[1]
-        query_TM = tokens.spread(target_BM @ kernel[:width] + bias_M[None])
+        by_example = target_BM @ kernel[:width] + bias_M[None]
         if self.position_LP is None:
-            return query_TM
-        return query_TM + (self.position_LP[...] @ kernel[width:])[tokens.column_T]
+            return Asked(by_example)
+        return Asked(by_example, self.position_LP[...] @ kernel[width:])
 
 
 def pool(weighed: Sequence[tuple[jax.Array, jax.Array]], tokens: Tokens) -> jax.Array:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from loopfm_jax.backbones.attention import Scores, candidate
+from loopfm_jax.backbones.attention import Asked, Scores
 from loopfm_jax.backbones.behaviours import Seen, Weighed, Weighing
 from loopfm_jax.backbones.config import Spec
 from loopfm_jax.backbones.layers import Key, dense, weights, wide
@@ -75,7 +75,7 @@ class DIEN(Weighing):
     def weigh(self, seen: Seen, *, key: Key) -> Weighed:
         tokens = seen.tokens
         states_TM, _ = self.extraction(seen.events_TM, tokens)
-        score_T = self.scores(candidate(seen.target_BM), states_TM, tokens, key=key)
+        score_T = self.scores(Asked(seen.target_BM), states_TM, tokens, key=key)
         return [(tokens.softmax(score_T), states_TM)]
 
     def __call__(self, seen: Seen, *, key: Key) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from loopfm_jax.backbones.attention import Scores, candidate, pool
+from loopfm_jax.backbones.attention import Asked, Scores, pool
 from loopfm_jax.backbones.behaviours import Seen, Weighed, Weighing
 from loopfm_jax.backbones.config import Spec
 from loopfm_jax.backbones.layers import Key
@@ -27,7 +27,7 @@ class DIN(Weighing):
 
     def weigh(self, seen: Seen, *, key: Key) -> Weighed:
         tokens = seen.tokens
-        score_T = self.scores(candidate(seen.target_BM), seen.events_TM, tokens, key=key)
+        score_T = self.scores(Asked(seen.target_BM), seen.events_TM, tokens, key=key)
         weight_T = tokens.softmax(score_T) if self.softmax else jnp.where(tokens.real_T, score_T, 0)
         return [(weight_T, seen.events_TM)]
 

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.tree_util import Partial
 from jax.typing import DTypeLike
 
-from loopfm_jax.backbones.attention import Query, Scores, pool
+from loopfm_jax.backbones.attention import Asked, First, Query, Scores, pool
 from loopfm_jax.backbones.behaviours import Seen, Weighed, Weighing
 from loopfm_jax.backbones.config import BackboneConfig, Spec
 from loopfm_jax.backbones.layers import FeedForward, Key, dense, dropout, split
@@ -67,13 +67,15 @@ class Head(nnx.Module):
         key: Key,
     ) -> tuple[jax.Array, jax.Array]:
         """The weight of every event [T], and the events as this head sees them [T,M]."""
-        see = self.scores.by_block(Partial(Head.see, self, target_BM), key=key)
+        asked = self.query(target_BM) if self.query else Asked(target_BM)
+        first = self.scores.first(asked, len(events_TM))
+        see = self.scores.by_block(Partial(Head.see, self, first), key=key)
         score_T, head_TM = see(tokens, events_TM, seen_TD, key=key)
         return tokens.softmax(score_T), head_TM
 
     def see(
         self,
-        target_BM: jax.Array,
+        first: First,
         tokens: Tokens,
         events_TM: jax.Array,
         seen_TD: jax.Array,
@@ -83,8 +85,7 @@ class Head(nnx.Module):
         """Of a part of the tokens: scores, events."""
         out_key, score_key = split(key, 2)
         head_TM = self.forward(events_TM + dropout(self.out(seen_TD), self.rate, out_key))
-        query = self.query(target_BM, tokens) if self.query else tokens.spread(target_BM)
-        return self.scores.score(tokens, query, head_TM, key=score_key), head_TM
+        return self.scores.score(tokens, first, head_TM, key=score_key), head_TM
 
 
 class DMIN(Weighing):

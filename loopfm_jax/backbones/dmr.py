@@ -16,17 +16,17 @@ Differences from the public code:
   - and that of `attention`.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.tree_util import Partial
 
-from loopfm_jax.backbones.attention import Query, Scores, pool
+from loopfm_jax.backbones.attention import Asked, Query, Scores, pool
 from loopfm_jax.backbones.behaviours import Seen, Weighed, Weighing
 from loopfm_jax.backbones.config import Spec
 from loopfm_jax.backbones.layers import Key, dense, split
 from loopfm_jax.data.schema import Behaviour
-from loopfm_jax.packing import Tokens
 from loopfm_jax.tables import PrivateTable
 
 
@@ -46,17 +46,12 @@ class Match(nnx.Module):
         tokens = seen.tokens
         query_LM = jax.nn.relu(self.query(self.position_LP[...]))
         events_TM = seen.events_TM
-        query = Partial(lambda query_LM, tokens: query_LM[tokens.column_T], query_LM)
-        score_T = self.scores(query, events_TM, tokens, key=key)
+        score_T = self.scores(Asked(by_column=query_LM), events_TM, tokens, key=key)
         past_BM = pool([(tokens.softmax(score_T), events_TM)], tokens)
         user_BM = jax.nn.relu(self.user(past_BM))
         rows = self.table(seen.ids)
         item_BM = jnp.concatenate([rows[name] for name in self.target], axis=1)
         return (user_BM * item_BM).sum(1, keepdims=True)
-
-
-def _activated(query: Query, target_BM: jax.Array, tokens: Tokens) -> jax.Array:
-    return jax.nn.relu(query(target_BM, tokens))
 
 
 class DMR(Weighing):
@@ -70,8 +65,8 @@ class DMR(Weighing):
         self.match = Match(spec, pair, rngs=rngs) if config.u2i else None
 
     def weigh(self, seen: Seen, *, key: Key) -> Weighed:
-        query = Partial(_activated, self.query, seen.target_BM)
-        score_T = self.scores(query, seen.events_TM, seen.tokens, key=key)
+        asked = replace(self.query(seen.target_BM), rectified=True)
+        score_T = self.scores(asked, seen.events_TM, seen.tokens, key=key)
         return [(seen.tokens.softmax(score_T), seen.events_TM)]
 
     def __call__(self, seen: Seen, *, key: Key) -> jax.Array:
