@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from loopfm_jax import compiler
+from loopfm_jax.backbones.blockwise import LEAST
 from loopfm_jax.errors import UserError
 from loopfm_jax.history.reader import Past
 from loopfm_jax.packing import BLOCK
@@ -103,7 +104,7 @@ def open_predictor(
     longest = max((longest for *_, longest in parts), default=1)
 
     def compiled(size: int, share: float) -> Any:
-        few = room(size, longest, share) <= BLOCK  # of which YNNPACK's products are the faster
+        few = room(size, longest, share) <= LEAST  # of which YNNPACK's products are the faster
         filled = fill(examples, one, examples=size, share=share)
         asked = compiler.options(mesh, small_products=few)
         return step.lower(leaves, filled, past).compile(compiler_options=asked)

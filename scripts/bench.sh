@@ -12,4 +12,4 @@ if ! "$peer" -c 'import torch, fuxictr' 2>/dev/null && [ -z "${LOOPFM_PEER_PYTHO
   "$python" -m venv .venv-peers
   .venv-peers/bin/python -m pip install -q 'torch>=2.4' 'fuxictr>=2.3.10' || true
 fi
-exec .venv/bin/loopfm bench --peer fuxictr --peer-python "$peer" --rounds 3 --seconds 1.5 --out benchmarks "$@"
+exec .venv/bin/loopfm bench --peer fuxictr --peer-python "$peer" --rounds 3 --seconds 1 --out benchmarks "$@"

@@ -51,10 +51,13 @@ def _facts(subject: Subject | Taught, state: loop.State) -> dict[str, Any]:
 
 
 def _batches(subject: Subject | Taught) -> Iterator[Batch]:
+    """Those of the first one's shapes: a larger token budget is a program more, whose compiling
+    a rate should not hold."""
     order = subject.config.train.order
     parts = sharding.parts(subject.mesh)
     source = GlobalBatches(subject.rows, subject.examples.batch, config=order, parts=parts)
-    return iter(iterate(source))
+    shapes = jax.tree.map(np.shape, source[0])
+    return (batch for batch in iterate(source) if jax.tree.map(np.shape, batch) == shapes)
 
 
 class Train:

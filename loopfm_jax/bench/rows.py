@@ -172,7 +172,7 @@ def grow(schema: Schema, rows: int) -> Schema:
     )
 
 
-def devices(count: int, *, backbone: BackboneConfig = DIN, batch: int = 4096) -> Case:
+def devices(count: int, *, backbone: BackboneConfig = DIN, batch: int = 2048) -> Case:
     """One process with so many simulated devices on the same cores, tables split by rows over all,
     beside one device: what sharding costs, and nothing about how it scales. Devices that share
     cores need threads of their own; one device given as many shows what those alone cost."""
@@ -201,7 +201,6 @@ def describe(schema: Schema, backbone: BackboneConfig, batch: int) -> dict[str, 
 
 
 CASES = (
-    structure(1_000_000, 22),
     structure(1_000_000, 300),
     structure(10_000_000, 22),
     export(BARS_DIN),
