@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -190,4 +191,6 @@ def _leave(status: int) -> None:
         _group.client.wait_at_barrier(f"{FAILED}/heard", FAREWELL_S * 1000)
     except Exception:  # somebody is dead or does not listen
         pass
+    if leads():  # without it JAX aborts those that have heard and not yet gone
+        time.sleep(LISTEN_S)
     os._exit(status)
