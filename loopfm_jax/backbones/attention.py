@@ -5,7 +5,8 @@ What DIN, DIEN, DMR, DMIN and the history encoders share. Everything runs over p
 
 An event is scored by an MLP of [t, H, t-H, t*H], t the query, H the event (DIN, arXiv 1706.06978).
 That is ~95 % of these models' arithmetic. The first layer is computed as
-[H, t*H][Wb-Wc, Wd] + t[Wa+Wc], half of the products where t is the same for all of an example.
+[H, t*H][Wb-Wc, Wd] + t[Wa+Wc]: half of the products where t is multiplied by example, three
+quarters where by token (`Scores.first`).
 
 Difference from the public code: Dice in the score MLP takes its statistics from real events only.
 """
@@ -157,13 +158,13 @@ def _by_example(
     kernel_XW: jax.Array,
     bias_W: jax.Array,
     asked: Asked,
-    own: Asked,
+    product: Asked,
     tokens: Tokens,
     events_TM: jax.Array,
 ) -> jax.Array:
     query_TM = asked(tokens).astype(events_TM.dtype)
     seen_TX = jnp.concatenate([events_TM, query_TM * events_TM], axis=1)
-    return seen_TX @ kernel_XW + (own(tokens) + bias_W[None]).astype(events_TM.dtype)
+    return seen_TX @ kernel_XW + (product(tokens) + bias_W[None]).astype(events_TM.dtype)
 
 
 def _after_dice(

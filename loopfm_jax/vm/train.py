@@ -197,28 +197,10 @@ def train_vm(
         seating=examples.seating,
         title=title,
     )
-    judged = examples.inputs.rows(holdout)
-    prediction = RowFile(directory / "prediction.npy", shape=(len(judged),), dtype=np.float32)
-    predict = infer.make_step(
-        _predict,
-        nnx.graphdef(trained.model),
-        mesh,
-        written="once",
-        small_products=examples.attends(config),
+    rows, told = examples.inputs.rows(holdout), f"{title} {holdout}"
+    _write_prediction(
+        trained.model, examples, config, rows, past, mesh=mesh, directory=directory, title=told
     )
-    infer.run(
-        trained.model,
-        predict,
-        judged,
-        examples.batch,
-        {"prediction": prediction},
-        batch=4096,
-        mesh=mesh,
-        constants=past,
-        title=f"{title} {holdout}",
-        seating=examples.seating,
-    )
-    prediction.close()
     checkpoint.save_model(trained.model, directory)
     checkpoint.discard(directory)
     return {
@@ -226,6 +208,40 @@ def train_vm(
         "curve": trained.curve,
         "measured": trained.measured,
     }
+
+
+def _write_prediction(
+    model: nnx.Module,
+    examples: Examples,
+    config: VMConfig,
+    rows: np.ndarray,
+    past: Past,
+    *,
+    mesh: Mesh,
+    directory: Path,
+    title: str,
+) -> None:
+    prediction = RowFile(directory / "prediction.npy", shape=(len(rows),), dtype=np.float32)
+    predict = infer.make_step(
+        _predict,
+        nnx.graphdef(model),
+        mesh,
+        written="once",
+        small_products=examples.attends(config),
+    )
+    infer.run(
+        model,
+        predict,
+        rows,
+        examples.batch,
+        {"prediction": prediction},
+        batch=4096,
+        mesh=mesh,
+        constants=past,
+        title=title,
+        seating=examples.seating,
+    )
+    prediction.close()
 
 
 def load_vm(examples: Examples, config: VMConfig, directory: Path, mesh: Mesh) -> Student:
