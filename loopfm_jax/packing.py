@@ -26,6 +26,10 @@ SMALL, LARGE = 4 * BLOCK, 32 * BLOCK
 """Slots B * L below which a program runs shorter than it compiles, so that few budgets pay, and
 from which on it runs so much longer that the finest do."""
 
+FEW = 32
+"""Examples that are asked one by one whether they stop before a slot: dearer than a sum over slots
+when there are more."""
+
 
 @struct.dataclass
 class Tokens:
@@ -144,8 +148,11 @@ def _pack(end_B: jax.Array, length_B: jax.Array, *, slots: int) -> tuple[jax.Arr
     stop_B = jnp.cumsum(length_B)
     slot_T = jnp.arange(slots, dtype=jnp.int32)
     # How many examples stop at or before a slot; a binary search per slot or a sort is dearer.
-    stops_T = jnp.zeros(slots, jnp.int32).at[stop_B].add(1, mode="drop")
-    segment_T = jnp.cumsum(stops_T, dtype=jnp.int32)
+    if len(stop_B) <= FEW:
+        segment_T = (stop_B[None] <= slot_T[:, None]).sum(axis=1, dtype=jnp.int32)
+    else:
+        stops_T = jnp.zeros(slots, jnp.int32).at[stop_B].add(1, mode="drop")
+        segment_T = jnp.cumsum(stops_T, dtype=jnp.int32)
     real_T = slot_T < stop_B[-1]
     example_T = jnp.minimum(segment_T, len(end_B) - 1)
     rank_T = jnp.where(real_T, slot_T - (stop_B - length_B)[example_T], 0)

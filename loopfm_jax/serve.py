@@ -123,13 +123,13 @@ def packed(examples: Examples, batch: Mapping[str, Any]) -> list[tuple[str, str,
 
 def smallest_share(examples: Examples, batch: Mapping[str, Any], size: int) -> float:
     """The first of SHARES that has room for all tokens of a batch of at most `size` examples."""
-    parts = packed(examples, batch)
+    wanted = [
+        (int(batch[kind][name]["length_B"].sum()), longest)
+        for kind, name, longest in packed(examples, batch)
+    ]
 
     def fits(share: float) -> bool:
-        return all(
-            int(batch[kind][name]["length_B"].sum()) <= room(size, longest, share)
-            for kind, name, longest in parts
-        )
+        return all(tokens <= room(size, longest, share) for tokens, longest in wanted)
 
     return next(filter(fits, SHARES))
 
@@ -149,7 +149,7 @@ def fill(
     parts = packed(examples_of, batch)
     apart = ("slices", "events", "weight_B")  # nobody weighs a request
     plain = {name: part for name, part in batch.items() if name not in apart}
-    filled: dict[str, Any] = {name: _grow(part, examples) for name, part in plain.items()}
+    filled: dict[str, Any] = _grow(plain, examples)
     filled |= {kind: {} for kind in ("slices", "events") if kind in batch}
     for kind, name, longest in parts:
         slots = room(examples, longest, share)
@@ -164,6 +164,8 @@ def _grow(part: Any, *sizes: int) -> Any:
     """Arrays cut or padded with zeros to these first sizes; what is cut are slots of no token."""
 
     def grow(values: np.ndarray) -> np.ndarray:
+        if values.shape[: len(sizes)] == sizes:
+            return values
         grown = np.zeros((*sizes, *values.shape[len(sizes) :]), values.dtype)
         both = tuple(slice(min(pair)) for pair in zip(sizes, values.shape, strict=False))
         grown[both] = values[both]

@@ -1,6 +1,7 @@
 """Packed and padded tokens against plain numpy, and against Grain's packer."""
 
 from functools import partial
+from unittest.mock import patch
 
 import grain
 import jax
@@ -30,7 +31,16 @@ END_OF = {name: np.maximum(END, lengths).astype(np.int32) for name, lengths in L
 pack = jax.jit(partial(packing.pack, slots=T, longest=L))
 parts = jax.jit(partial(packing.pack, slots=27, longest=L, parts=3))
 pad = jax.jit(partial(packing.pad, longest=L))
-LAYOUTS = {"pack": pack, "parts": parts, "pad": pad}
+
+
+@jax.jit
+def pack_many(end_B, length_B) -> Tokens:
+    """As more examples than FEW are packed."""
+    with patch.object(packing, "FEW", 0):
+        return packing.pack(end_B, length_B, slots=T, longest=L)
+
+
+LAYOUTS = {"pack": pack, "pack many": pack_many, "parts": parts, "pad": pad}
 spread, total, count, softmax = map(
     jax.jit, (Tokens.spread, Tokens.sum, Tokens.count, Tokens.softmax)
 )

@@ -62,8 +62,9 @@ def test_kernels_are_the_same_function(way, window):
 
 @pytest.mark.parametrize("window", [1, 2, 3, 9])
 def test_a_window_is_the_nearest_entries(window):
-    """Each entry by hand: itself and the `window - 1` older ones that stand next to it."""
-    tokens = lay_out(jnp.asarray(LENGTH), slots=T, longest=L)
+    """Each entry by hand: itself and the `window - 1` older ones that stand next to it; the widest
+    makes all slots one block."""
+    tokens = lay_out(jnp.asarray(LENGTH), slots=T, longest=max(L, window))
     qkv_TX = np.random.default_rng(1).normal(size=(T, 3 * H * D)).astype(np.float32)
     found = self_attend(jnp.asarray(qkv_TX), tokens, heads=H, window=window)
     q, k, v = np.split(qkv_TX.reshape(T, 3 * H, D), 3, axis=1)

@@ -55,7 +55,8 @@ class Backbone(nnx.Module):
                 f"extra_fields={self.extra_fields}"
             )
         means = [embedded.tokens[name].mean(embedded.sequences[name]) for name in self.pooled]
-        fields_BFE = jnp.stack([*embedded.fields.values(), *means], axis=1)
+        fields = [*embedded.fields.values(), *means]  # side by side, as they were looked up
+        fields_BFE = jnp.concatenate(fields, axis=1).reshape(len(fields[0]), len(fields), -1)
         if extra_BKE is None:
             return fields_BFE
         return jnp.concatenate([fields_BFE, extra_BKE.astype(fields_BFE.dtype)], axis=1)

@@ -38,7 +38,7 @@ LANES, TILE = 128, 512
 
 @struct.dataclass
 class Pairs:
-    """C blocks of L entries, each beside the S = 2L that it may see."""
+    """C blocks of L entries, each beside the S that it may see: 2L, or L where there is one."""
 
     seen_CLS: jax.Array
     """Who sees whom."""
@@ -103,9 +103,11 @@ def in_blocks(
 ) -> jax.Array:
     """An example's entries stand side by side, newest first, and one sees at most L: a block of L
     slots sees itself and the next one of its part. So the scores are T * 2L and need no padding,
-    whose [B,H,L,L] is mostly empty."""
-    (slots, width), length, parts = qkv_TX.shape, window or tokens.length, tokens.parts
+    whose [B,H,L,L] is mostly empty. A part of at most 2L slots is one block, which sees itself."""
+    (slots, width), window, parts = qkv_TX.shape, window or tokens.length, tokens.parts
     size, each = width // (3 * heads), slots // parts
+    alone = each <= 2 * window
+    length = each if alone else window
     weigh = weigh or Partial(partial(softmaxed, size=size))
 
     def blocks(x: jax.Array) -> jax.Array:
@@ -114,6 +116,8 @@ def in_blocks(
         return x.reshape(-1, length, *x.shape[2:])
 
     def seen(x: jax.Array) -> jax.Array:
+        if alone:
+            return x
         own = x.reshape(parts, -1, *x.shape[1:])
         following = jnp.concatenate([own[:, 1:], jnp.zeros_like(own[:, :1])], axis=1)
         return jnp.concatenate([x, following.reshape(x.shape)], axis=-2)
@@ -126,8 +130,8 @@ def in_blocks(
         x_CL = blocks(x_T)
         return seen(x_CL[..., None])[..., 0][:, None] - x_CL[:, :, None]
 
-    apart_LS = jnp.arange(2 * length)[None] - jnp.arange(length)[:, None]
-    near_LS = (apart_LS >= 0) & (apart_LS < length)
+    apart_LS = jnp.arange(length if alone else 2 * length)[None] - jnp.arange(length)[:, None]
+    near_LS = (apart_LS >= 0) & (apart_LS < window)
     pairs = Pairs(
         seen_CLS=near_LS[None] & (apart(_owners(tokens)) == 0),
         apart_LS=apart_LS,
