@@ -45,7 +45,7 @@ TRAINED = (
     rows.fm_train("tiny-dmin", DMIN, batch=64, prepare=LOG),
     rows.fm_train("tiny-dien", backbone("dien", attention_dropout=0.0), batch=64, prepare=LOG),
 )
-LATENCY = rows.vm_infer("tiny", DIN, batch=8, prepare=LOG)
+LATENCY = rows.vm_answer("tiny", DIN, batches=(1, 8), prepare=LOG)
 INFER = rows.vm_infer("tiny-batches", DIN, batch=2048, prepare=LogSpec(SCHEMA, rows=4096))
 HISTORIES = rows.vm_train(
     "tiny",

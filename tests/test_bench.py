@@ -56,14 +56,17 @@ def test_command_writes_json_card_and_picture(tiny, capsys, tmp_path):
     tiny(bench_cases.HISTORIES, bench_cases.LATENCY)
     found, card = run(capsys, "--out", str(tmp_path))
     assert {"device", "versions", "commit", "limits", "results"} <= found.keys()
-    trained, asked = found["results"]
+    trained, *asked = found["results"]
     assert (trained["name"], trained["peer"]) == ("vm-train/tiny", "base")
-    assert (asked["name"], asked["peer"]) == ("vm-infer/tiny-p50-batch-8", None)
+    assert [(a["name"], a["batch"]) for a in asked] == [
+        (f"vm-infer/tiny-p50-batch-{size}", size) for size in (1, 8)
+    ]
     for result in found["results"]:
         assert result.keys() >= KEYS and result["name"] in card
         assert result["value"] > 0 and result["valid"]
     assert trained["ratio"] > 0 and trained["rounds"] == 2
-    assert asked["ratio"] is None and asked["programs"] == len(SHARES)
+    for one in asked:
+        assert one["ratio"] is None and one["programs"] == 2 * len(SHARES)
     (written,) = tmp_path.glob("*.json")
     assert json.loads(written.read_text()) == found
     assert written.with_suffix(".svg").read_text().startswith("<svg")
@@ -142,7 +145,7 @@ class Job:
         losses = []
         return timed(lambda: losses.append(0.5), lambda: None, seconds=seconds, steps=3,
                      examples=10, losses=losses)
-serve({"limits": Job}, versions={"x": "1"})
+serve(Job, versions={"x": "1"})
 """
 
 

@@ -54,7 +54,7 @@ def test_whole_steps_until_the_time_is_over():
 
 def test_losses_must_agree_over_the_steps_that_can():
     def side(of, *losses: float) -> Timed:
-        return Timed(of, child=None, facts={}, losses=losses)  # type: ignore[arg-type]
+        return Timed(of, child=None, facts={}, losses={None: losses})  # type: ignore[arg-type]
 
     case = next(c for c in CASES if c.name == "fm-train/din-bars-no-dropout")
     ours, theirs = side(EXACT, 0.7, 0.6, 0.4), side(FUXICTR, 0.7, 0.6, 0.5)

@@ -22,11 +22,11 @@ def test_first_losses_agree(monkeypatch, capsys):
     brief = ["--rounds", "1", "--seconds", "0"]
     cli.main(["bench", *brief, "--peer", "fuxictr", "--peer-python", sys.executable])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    checked = {case.name: case.check is not None for case in CASES}
+    checked = {c.row(batch): c.check is not None for c in CASES for batch in c.batches}
     for result in found["results"]:
         assert result["valid"] and result["ratio"] > 0 and result["peer_value"] > 0, result
         if checked[result["name"]]:
             limit = 1e-2 if result["peer_dtype"] == "bfloat16" else 1e-4
             assert result["loss_difference"] < limit
-    wanted = {(case.name, side.name) for case in CASES for side in case.peers}
+    wanted = {(c.row(b), side.name) for c in CASES for side in c.peers for b in c.batches}
     assert {(r["name"], r["peer"]) for r in found["results"]} == wanted

@@ -9,6 +9,7 @@ which FuxiCTR does not ship. Behaves publicly (`ours=False`) where `attention` s
 import os
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,7 @@ MOST = 32
 
 
 class Subject:
-    """A twin with our weights and its batches, on the spec's device."""
+    """A twin with our weights, on the spec's device."""
 
     def __init__(self, spec: Spec):
         torch.set_num_threads(len_cores())
@@ -43,27 +44,29 @@ class Subject:
         self.twin = models.make(self.schema, config, ours=False)
         weights.copy(read_tree(Path(spec["weights"])), self.twin, self.schema)
         self.twin.to(self.device)
+        self._log = Path(spec["log"])
         # torch's GRU keeps no state over padding, so DIEN's stands behind (`attention.DIEN`).
-        self.ready = self._batches(Path(spec["log"]), behind=config.name == "dien")
+        self._behind = config.name == "dien"
         self.facts: dict[str, Any] = {
             "params": sum(p.numel() for p in self.twin.parameters() if p.requires_grad),
             "threads": torch.get_num_threads(),
             "batch": self.batch,
         }
 
-    def _batches(self, path: Path, *, behind: bool) -> Ready:
-        with np.load(path, allow_pickle=False) as file:
+    def batches(self, size: int, *, most: int = MOST) -> Ready:
+        """Of so many examples, ready as tensors."""
+        with np.load(self._log, allow_pickle=False) as file:
             log = {name: file[name] for name in file.files}
         fields = [f.name for f in self.schema.categorical]
         ids = {name: log["ids"][:, [i]] for i, name in enumerate(fields)}
         for f in self.schema.sequences:
             values, lengths = log[f"values/{f.name}"], log[f"lengths/{f.name}"]
-            ids[f.name] = padded(values, lengths, length=f.length, behind=behind)
+            ids[f.name] = padded(values, lengths, length=f.length, behind=self._behind)
         found: Ready = []
-        for start in range(0, len(log["label"]) - self.batch + 1, self.batch):
-            if len(found) == MOST:
+        for start in range(0, len(log["label"]) - size + 1, size):
+            if len(found) == most:
                 break
-            at = slice(start, start + self.batch)
+            at = slice(start, start + size)
             own = inputs(self.schema, {n: x[at] for n, x in ids.items()}, log["floats"][at])
             label_B = torch.as_tensor(log["label"][at], dtype=torch.float32)
             on_device = {name: x.to(self.device) for name, x in own.items()}
@@ -85,6 +88,7 @@ class Train:
 
     def __init__(self, spec: Spec):
         self._of, optim = Subject(spec), spec.get("optim", {})
+        self._ready = self._of.batches(spec["batch"])
         self.facts = self._of.facts
         self._of.twin.train()
         self._clip = optim.get("clip_norm", 10.0)
@@ -108,7 +112,7 @@ class Train:
         return replace(found, more={"fused_adam": float(self._fused)})
 
     def _one(self) -> None:
-        features, label_B = self._of.ready[self._done % len(self._of.ready)]
+        features, label_B = self._ready[self._done % len(self._ready)]
         self._done += 1
         self._optimiser.zero_grad()
         probability_B = torch.sigmoid(self._of.logits(features))
@@ -151,19 +155,15 @@ class Train:
             group["fused"] = self._fused
 
 
-class Serving:
-    """A twin that only predicts."""
+class Infer:
+    """Batches one after the other, of a twin that only predicts."""
 
     def __init__(self, spec: Spec):
-        self._of = Subject(spec)
+        self._of = serving(spec)
         self.facts = self._of.facts
-        self._of.twin.eval()
+        self._ready = self._of.batches(spec["batch"])
         self._losses: list[float] = []
         self._done = 0
-
-
-class Infer(Serving):
-    """Batches one after the other."""
 
     def run(self, *, seconds: float, steps: int) -> Measured:
         of = self._of
@@ -172,27 +172,41 @@ class Infer(Serving):
         )
 
     def _one(self) -> None:
-        features, label_B = self._of.ready[self._done % len(self._of.ready)]
+        features, label_B = self._ready[self._done % len(self._ready)]
         self._done += 1
         self._losses.append(predict(self._of, features, label_B))
 
 
-class Latency(Serving):
+class Latency:
     """Requests of one batch each, from tensors to probabilities in numpy."""
 
-    def run(self, *, seconds: float, steps: int) -> Measured:
-        self._losses.clear()
-        found = timed_each(self._one, seconds=seconds, steps=steps, examples=self._of.batch)
-        return replace(found, losses=tuple(self._losses))
+    def __init__(self, spec: Spec):
+        self._of = serving(spec)
+        self.facts = self._of.facts
+        self._ready = {size: self._of.batches(size, most=REQUESTS) for size in spec["batches"]}
+        self._done = dict.fromkeys(spec["batches"], 0)
 
-    def _one(self) -> None:
-        features, label_B = self._of.ready[self._done % REQUESTS]
-        if self._done < REQUESTS:
-            self._losses.append(predict(self._of, features, label_B))
+    def run(self, *, seconds: float, steps: int, batch: int) -> Measured:
+        losses: list[float] = []
+        one = partial(self._one, batch, losses)
+        found = timed_each(one, seconds=seconds, steps=steps, examples=batch)
+        return replace(found, losses=tuple(losses))
+
+    def _one(self, size: int, losses: list[float]) -> None:
+        features, label_B = self._ready[size][self._done[size] % REQUESTS]
+        if self._done[size] < REQUESTS:
+            losses.append(predict(self._of, features, label_B))
         else:
             with torch.inference_mode():
                 torch.sigmoid(self._of.logits(features)).cpu().numpy()
-        self._done += 1
+        self._done[size] += 1
+
+
+def serving(spec: Spec) -> Subject:
+    """A twin that only predicts."""
+    of = Subject(spec)
+    of.twin.eval()
+    return of
 
 
 def predict(of: Subject, features: Inputs, label_B: torch.Tensor) -> float:

@@ -22,7 +22,7 @@ def main() -> None:
 
     models = {"train": Train, "infer": Infer, "latency": Latency}
     jobs = {**models, "feed": Feed, "bytes": Bytes}
-    serve(jobs, versions={name: version(name) for name in NEEDED})
+    serve(lambda spec: jobs[spec["job"]](spec), versions={name: version(name) for name in NEEDED})
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ class Bench:
     """Interpreter of the peer; None: not there, or not wanted."""
     limits: Mapping[str, Any]
     prepared: dict[Any, Facts] = field(default_factory=dict)
+    ended: ExitStack = field(default_factory=ExitStack)
+    """The sides of the last case, told to end: a second or two, in which the next ones import."""
 
     def prepare(self, case: Case) -> Facts:
         """Writes what the sides read, once for all cases with the same."""
@@ -44,7 +46,8 @@ class Timed:
     side: Side
     child: Child
     facts: dict[str, Any]
-    losses: Sequence[float] = ()
+    losses: Mapping[int | None, Sequence[float]] = field(default_factory=dict)
+    """The first, by the size of requests."""
 
 
 def run_case(case: Case, bench: Bench) -> list[dict[str, Any]]:
@@ -56,22 +59,33 @@ def run_case(case: Case, bench: Bench) -> list[dict[str, Any]]:
     facts = bench.prepare(case)
     with ExitStack() as stack:
         timed = _start(case, facts, bench, stack)
-        sides = {t.side.key: t.child for t in timed}
-        seconds = bench.seconds if case.seconds is None else case.seconds
-        rounds = take_rounds(sides, rounds=bench.rounds, seconds=seconds)
-        for child in sides.values():  # end at once, as each takes a second to do so
-            child.leave()
-    mine = [t for t in timed if t.side in case.ours]
-    others = [t for t in timed if t.side in case.peers]
-    found = []
-    for one in mine:
-        for other in others or [None]:
-            found.append(_result(case, facts, one, other, rounds, bench))
+        found = [
+            result for batch in case.batches for result in _rows(case, facts, timed, batch, bench)
+        ]
+        for one in timed:
+            one.child.leave()
+        bench.ended = stack.pop_all()
     return found
 
 
+def _rows(
+    case: Case, facts: Facts, timed: list[Timed], batch: int | None, bench: Bench
+) -> list[dict[str, Any]]:
+    sides = {t.side.key: t.child for t in timed}
+    seconds = bench.seconds if case.seconds is None else case.seconds
+    rounds = take_rounds(sides, rounds=bench.rounds, seconds=seconds, batch=batch)
+    mine = [t for t in timed if t.side in case.ours]
+    others = [t for t in timed if t.side in case.peers]
+    return [
+        _result(case, facts, one, other, rounds, batch, bench)
+        for one in mine
+        for other in others or [None]
+    ]
+
+
 def _start(case: Case, facts: Facts, bench: Bench, stack: ExitStack) -> list[Timed]:
-    """All sides built and warm; the first of ours leaves the weights that peers start from."""
+    """All sides built and warm, at once but for peers, who start from the weights that the first of
+    ours leaves."""
     weights = bench.folder / "weights.npz"
     sides = [
         side
@@ -80,19 +94,22 @@ def _start(case: Case, facts: Facts, bench: Bench, stack: ExitStack) -> list[Tim
         and not (side.accelerator and bench.limits["platform"] == "cpu")
     ]
     children = [stack.enter_context(_open(side, bench)) for side in sides]  # imports overlap
+    bench.ended.close()
     told = {**case.spec, **facts, "platform": bench.limits["platform"]}
+    read = any(side.worker != "ours" for side in sides)
 
-    def warm(at: int, **more: str) -> Timed:
+    def warm(at: int) -> Timed:
+        more = {"weights_to": str(weights)} if read and at == 0 else {}
+        if sides[at].worker != "ours":
+            starting[0].result()
+            more = {"weights": str(weights)}
         return _warm(case, sides[at], {**told, **sides[at].spec, **more}, children[at])
 
-    timed: list[Timed | None] = [warm(0, weights_to=str(weights))]
-    with ThreadPoolExecutor() as pool:  # what the others build and compile overlaps too
-        others = [
-            pool.submit(warm, at, **({"weights": str(weights)} if side in case.peers else {}))
-            for at, side in enumerate(sides)
-            if at > 0
-        ]
-        timed += [_came(case, *other) for other in zip(sides[1:], others, strict=True)]
+    with ThreadPoolExecutor(len(sides)) as pool:
+        starting: list[Future[Timed]] = []
+        for at in range(len(sides)):
+            starting.append(pool.submit(warm, at))
+        timed = [_came(case, *one) for one in zip(sides, starting, strict=True)]
     weights.unlink(missing_ok=True)
     return [one for one in timed if one is not None]
 
@@ -118,30 +135,39 @@ def _open(side: Side, bench: Bench) -> Child:
 def _warm(case: Case, side: Side, spec: dict[str, Any], child: Child) -> Timed:
     """Built, compiled, its first losses known."""
     timed = Timed(side, child, child.setup(spec))
-    timed.losses = child.run(seconds=0, steps=case.check.steps if case.check else 1).losses
+    steps = case.check.steps if case.check else 1
+    timed.losses = {
+        batch: child.run(seconds=0, steps=steps, batch=batch).losses for batch in case.batches
+    }
     return timed
 
 
 def _result(
-    case: Case, facts: Facts, one: Timed, other: Timed | None, rounds: list[Round], bench: Bench
+    case: Case,
+    facts: Facts,
+    one: Timed,
+    other: Timed | None,
+    rounds: list[Round],
+    batch: int | None,
+    bench: Bench,
 ) -> dict[str, Any]:
     key = one.side.key
     value = spread([r.measured[key].value for r in rounds])
     flops = case.flops(facts) if case.flops else None
     peak = bench.limits.get(f"flops_{one.side.dtype}", bench.limits["flops"])
     return {
-        "name": case.name,
+        "name": case.row(batch),
         "mode": one.side.mode,
         "dtype": one.side.dtype,
         "value": value.median,
         "value_quartiles": [value.low, value.high],
         "unit": case.unit,
-        **_beside(case, one, other, rounds),
+        **_beside(case, one, other, rounds, batch),
         "roofline_share": flops * value.median / peak if flops else None,
         "flops_per_example": flops,
         "peak_rss_bytes": one.child.peak_rss_bytes,
         "cpu_seconds_per_example": _cpu(rounds, key),
-        "batch": one.facts.get("batch"),
+        "batch": one.facts.get("batch") if batch is None else batch,
         "params": one.facts.get("params"),
         "tokens": facts.get("tokens"),
         "rounds": len(rounds),
@@ -150,14 +176,16 @@ def _result(
     }
 
 
-def _beside(case: Case, one: Timed, other: Timed | None, rounds: list[Round]) -> dict[str, Any]:
+def _beside(
+    case: Case, one: Timed, other: Timed | None, rounds: list[Round], batch: int | None
+) -> dict[str, Any]:
     """What compares the two."""
     if other is None:
         names = ("peer", "peer_value", "ratio", "ratio_quartiles", "rss_ratio", "loss_difference")
         return {**dict.fromkeys(names), "valid": True}
     key, peer = one.side.key, other.side.key
     found = ratios(rounds, key, peer, more_is_better=case.more_is_better)
-    ratio, apart = spread(found), difference(case, one, other)
+    ratio, apart = spread(found), difference(case, one, other, batch)
     peak, theirs = one.child.peak_rss_bytes, other.child.peak_rss_bytes
     slack = BFLOAT16_TIMES if "bfloat16" in (one.side.dtype, other.side.dtype) else 1
     return {
@@ -176,12 +204,13 @@ def _beside(case: Case, one: Timed, other: Timed | None, rounds: list[Round]) ->
     }
 
 
-def difference(case: Case, one: Timed, other: Timed) -> float | None:
+def difference(case: Case, one: Timed, other: Timed, batch: int | None = None) -> float | None:
     """Largest relative difference of the first losses; of the very first if updates differ."""
     if case.check is None:
         return None
     steps = 1 if "fast" in (one.side.mode, other.side.mode) else case.check.steps
-    pairs = list(zip(one.losses[:steps], other.losses[:steps], strict=False))
+    first = (side.losses.get(batch, ())[:steps] for side in (one, other))
+    pairs = list(zip(*first, strict=False))
     if len(pairs) < steps:
         return None
     return max(abs(a - b) / max(abs(b), 1e-12) for a, b in pairs)

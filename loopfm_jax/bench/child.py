@@ -79,9 +79,13 @@ class Child:
         self.versions()
         return self._ask({"do": "setup", "spec": dict(spec)})["facts"]
 
-    def run(self, *, seconds: float, steps: int = 1) -> Measured:
-        """A slice of time; leaves the worker's peak memory so far in `peak_rss_bytes`."""
-        found = self._ask({"do": "run", "seconds": seconds, "steps": steps})
+    def run(self, *, seconds: float, steps: int = 1, batch: int | None = None) -> Measured:
+        """A slice of time; leaves the worker's peak memory so far in `peak_rss_bytes`.
+
+        batch: which requests, of a job that answers several sizes.
+        """
+        of = {} if batch is None else {"batch": batch}
+        found = self._ask({"do": "run", "seconds": seconds, "steps": steps, **of})
         self.peak_rss_bytes = found.pop("peak_rss_bytes")
         return Measured(**found)
 

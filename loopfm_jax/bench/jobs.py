@@ -167,31 +167,37 @@ class Infer:
 
 
 class Latency:
-    """Requests of one batch each, from host arrays to host probabilities, as `serve` answers."""
+    """Requests of one batch each, from host arrays to host probabilities, as `serve` answers: one
+    predictor for all sizes."""
 
     def __init__(self, spec: Spec):
         subject, graphdef, state, _, _ = _start(spec)
-        self.facts, self._size = _facts(subject, state), subject.config.train.order.batch
+        self.facts = _facts(subject, state)
         model, examples = nnx.merge(graphdef, state.params, state.rest), subject.examples
         assert isinstance(examples, Examples), "a vertical model answers requests"
-        self._predictor = open_predictor(model, examples, buckets=(self._size,))
-        batches = _batches(subject)
-        self._requests = [next(batches) for _ in range(REQUESTS)]
-        self._losses: list[float] = []
-        self._asked = 0
+        self._predictor = open_predictor(model, examples, buckets=spec["batches"])
+        self._requests = {
+            size: [
+                examples.batch(rows) for rows in subject.rows[: REQUESTS * size].reshape(-1, size)
+            ]
+            for size in spec["batches"]
+        }
+        self._asked = dict.fromkeys(spec["batches"], 0)
 
-    def run(self, *, seconds: float, steps: int) -> Measured:
-        self._losses.clear()
-        found = timed_each(self._one, seconds=seconds, steps=steps, examples=self._size)
+    def run(self, *, seconds: float, steps: int, batch: int) -> Measured:
+        losses: list[float] = []
+        one = partial(self._one, self._requests[batch], batch, losses)
+        found = timed_each(one, seconds=seconds, steps=steps, examples=batch)
         programs = {"programs": len(self._predictor.programs)}
-        return replace(found, losses=tuple(self._losses[:REQUESTS]), more=programs)
+        return replace(found, losses=tuple(losses), more=programs)
 
-    def _one(self) -> None:
-        batch = self._requests[self._asked % REQUESTS]
-        probability_B = np.asarray(self._predictor.answer(batch))
-        if self._asked < REQUESTS:
-            self._losses.append(entropy(probability_B, batch["label_B"]))
-        self._asked += 1
+    def _one(self, requests: list[Batch], size: int, losses: list[float]) -> None:
+        asked = self._asked[size]
+        request = requests[asked % REQUESTS]
+        probability_B = np.asarray(self._predictor.answer(request))
+        if asked < REQUESTS:
+            losses.append(entropy(probability_B[:size], request["label_B"]))
+        self._asked[size] += 1
 
 
 def entropy(probability_B: np.ndarray, label_B: np.ndarray) -> float:

@@ -4,14 +4,14 @@ import difflib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import tyro
@@ -56,11 +56,12 @@ def make(config: BenchConfig, *, command: str) -> dict[str, Any]:
     """
     started, cases = time.monotonic(), _cases(config.rows)
     python, peer_versions = _find_peer(config)
-    folder = Path(tempfile.mkdtemp(prefix="loopfm-bench-"))
-    try:
+    with ExitStack() as stack:
+        folder = stack.enter_context(TemporaryDirectory(prefix="loopfm-bench-"))
         limits = _limits()
         say(report.limits_line(limits))
-        bench = Bench(folder, config.rounds, config.seconds, python, limits)
+        bench = Bench(Path(folder), config.rounds, config.seconds, python, limits)
+        stack.callback(lambda: bench.ended.close())
         found = {
             "device": device_name(limits),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
@@ -77,8 +78,6 @@ def make(config: BenchConfig, *, command: str) -> dict[str, Any]:
             found["minutes"] = (time.monotonic() - started) / 60
             if config.out is not None:
                 _write(found, config.out)  # after every row: a run that is cut off keeps the others
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     _show(found)
     return found
 

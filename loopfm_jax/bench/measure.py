@@ -48,23 +48,27 @@ def ratios(rounds: Sequence[Round], name: str, other: str, *, more_is_better: bo
     return [a / b if more_is_better else b / a for a, b in pairs]
 
 
-def take_rounds(sides: Mapping[str, Child], *, rounds: int, seconds: float) -> list[Round]:
+def take_rounds(
+    sides: Mapping[str, Child], *, rounds: int, seconds: float, batch: int | None = None
+) -> list[Round]:
     """So many rounds; of at most a third more, those in which others disturbed least."""
     taken: list[Round] = []
     allowed = rounds + int(np.ceil(EXTRA * rounds))
     while len(taken) < allowed and sum(r.others <= QUIET for r in taken) < rounds:
-        taken.append(take_round(sides, seconds=seconds))
+        taken.append(take_round(sides, seconds=seconds, batch=batch))
     best = sorted(range(len(taken)), key=lambda i: (max(taken[i].others, QUIET), i))[:rounds]
     return [taken[i] for i in sorted(best)]
 
 
-def take_round(sides: Mapping[str, Child], *, seconds: float) -> Round:
+def take_round(sides: Mapping[str, Child], *, seconds: float, batch: int | None = None) -> Round:
     measured, others = {}, 0.0
     for name, child in sides.items():
         time.sleep(PAUSE_S)
-        child.run(seconds=0)  # not timed: who waited finds caches cold, and memory taken away
+        child.run(
+            seconds=0, batch=batch
+        )  # not timed: who waited finds caches cold, and memory taken away
         watch = Watch(list(sides.values()))
-        measured[name] = child.run(seconds=seconds)
+        measured[name] = child.run(seconds=seconds, batch=batch)
         others = max(others, watch.others())
     return Round(measured, others)
 

@@ -1,7 +1,7 @@
 """What a benchmark's sides answer to: one JSON object a line, over stdin and stdout.
 
     {"do": "setup", "spec": {..}}                 ->  facts about what was built
-    {"do": "run", "seconds": s, "steps": n}       ->  `Measured`, and the process's peak memory
+    {"do": "run", "seconds": s, "steps": n, ..}   ->  `Measured`, and the process's peak memory
     {"do": "close"}                               ->  the end
 
 The first line of a worker, unasked, is its versions. {"error": text} answers what failed. This file
@@ -45,7 +45,8 @@ class Job(Protocol):
     """JSON values, for the result."""
 
     def run(self, *, seconds: float, steps: int) -> Measured:
-        """At least `steps` steps and at least `seconds`, whole steps, nothing left in flight."""
+        """At least `steps` steps and at least `seconds`, whole steps, nothing left in flight. A job
+        of requests of several sizes is told `batch`, which of them."""
         ...
 
 
@@ -91,8 +92,11 @@ def timed_each(step: Callable[[], None], *, seconds: float, steps: int, examples
     return replace(all_of_them, value=p50_ms)
 
 
-def serve(jobs: Mapping[str, Callable[[Spec], Job]], *, versions: Mapping[str, str]) -> None:
-    """Answers until `close` or the end of stdin. What libraries print goes to stderr."""
+def serve(make: Callable[[Spec], Job], *, versions: Mapping[str, str]) -> None:
+    """Answers until `close` or the end of stdin. What libraries print goes to stderr.
+
+    make: the job that a specification names.
+    """
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     out.write(json.dumps({"versions": dict(versions)}) + "\n")
@@ -103,12 +107,12 @@ def serve(jobs: Mapping[str, Callable[[Spec], Job]], *, versions: Mapping[str, s
             break
         try:
             if asked["do"] == "setup":
-                job = jobs[asked["spec"]["job"]](asked["spec"])
+                job = make(asked["spec"])
                 reset_peak()
                 answer = {"facts": job.facts}
             else:
                 assert job is not None, "run before setup"
-                found = job.run(seconds=asked["seconds"], steps=asked["steps"])
+                found = job.run(**{name: value for name, value in asked.items() if name != "do"})
                 answer = asdict(found) | {"peak_rss_bytes": peak_rss_bytes()}
         except Exception as error:
             traceback.print_exc()

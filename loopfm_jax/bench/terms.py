@@ -76,6 +76,13 @@ class Case:
     more_is_better: bool = True
     seconds: float | None = None
     """Of a slice; default: the command's."""
+    batches: tuple[int | None, ...] = (None,)
+    """Sizes of the requests that its sides, one process each, are asked in turn: a row each, named
+    by it. None: what the sides do has no size of its own."""
+
+    def row(self, batch: int | None) -> str:
+        """The name of a row."""
+        return self.name if batch is None else f"{self.name}-batch-{batch}"
 
 
 def nothing(folder: Path) -> Facts:

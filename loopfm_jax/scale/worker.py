@@ -7,4 +7,4 @@ from loopfm_jax.scale.job import Machine, Needs, Pace
 JOBS = {"machine": Machine, "limits": Limits, "needs": Needs, "pace": Pace}
 
 if __name__ == "__main__":
-    main(JOBS)
+    main(lambda spec: JOBS[spec["job"]](spec))
