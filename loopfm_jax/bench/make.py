@@ -91,10 +91,9 @@ def _run(case: Case, bench: Bench) -> list[dict[str, Any]]:
         return [{"name": case.name, "mode": "exact", "error": str(error), "valid": False}]
     for result in found:
         beside = f", {result['ratio']:.2f}x {result['peer']}" if result["peer"] else ""
-        say(
-            f"{case.name} {result['mode']}: {report.number(result['value'])} {case.unit}{beside} "
-            f"({time.monotonic() - started:.0f} s)"
-        )
+        value = f"{report.number(result['value'])} {case.unit}"
+        took_s = time.monotonic() - started
+        say(f"{result['name']} {result['mode']}: {value}{beside} ({took_s:.0f} s)")
     return found
 
 
