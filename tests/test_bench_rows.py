@@ -22,7 +22,7 @@ from loopfm_jax.bench.rows import (
     read_codes,
     structure,
 )
-from loopfm_jax.bench.worker import make
+from loopfm_jax.bench.worker import job_of
 from loopfm_jax.history.encoders import EncoderConfig, spec_of
 from loopfm_jax.inputs import open_inputs
 
@@ -31,7 +31,7 @@ def started(case, folder, facts=None):
     """Jobs by side; those in FuxiCTR's interpreter are left out."""
     facts = case.prepare(folder) if facts is None else facts
     sides = [s for s in (*case.ours, *case.peers) if s.worker == "ours"]
-    return {s.name: make({**case.spec, **facts, **s.spec}) for s in sides}
+    return {s.name: job_of({**case.spec, **facts, **s.spec}) for s in sides}
 
 
 @pytest.mark.parametrize("mean_history", [3, 20])

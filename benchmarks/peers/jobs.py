@@ -88,7 +88,7 @@ class Train:
 
     def __init__(self, spec: Spec):
         self._of, optim = Subject(spec), spec.get("optim", {})
-        self._ready = self._of.batches(spec["batch"])
+        self._ready = self._of.batches(self._of.batch)
         self.facts = self._of.facts
         self._of.twin.train()
         self._clip = optim.get("clip_norm", 10.0)
@@ -161,7 +161,7 @@ class Infer:
     def __init__(self, spec: Spec):
         self._of = serving(spec)
         self.facts = self._of.facts
-        self._ready = self._of.batches(spec["batch"])
+        self._ready = self._of.batches(self._of.batch)
         self._losses: list[float] = []
         self._done = 0
 

@@ -106,7 +106,7 @@ def _start(case: Case, facts: Facts, bench: Bench, stack: ExitStack) -> list[Tim
         return _warm(case, sides[at], {**told, **sides[at].spec, **more}, children[at])
 
     with ThreadPoolExecutor(len(sides)) as pool:
-        starting: list[Future[Timed]] = []
+        starting: list[Future[Timed]] = []  # peers look there for the first
         for at in range(len(sides)):
             starting.append(pool.submit(warm, at))
         timed = [_came(case, *one) for one in zip(sides, starting, strict=True)]

@@ -26,18 +26,18 @@ JOBS = {
     "latency": "jobs.Latency",
     "limits": "limits.Limits",
 }
-"""Modules of this package, each imported by who needs it: half a minute of a whole run."""
+"""Modules and their jobs, imported by who needs them: TFDS and scipy take a second."""
 XLA_CACHE = Path("~/.cache/loopfm_jax/xla")
 
 
-def make(spec: Spec) -> Job:
+def job_of(spec: Spec) -> Job:
     """The job that a specification names."""
     module, name = JOBS[spec["job"]].split(".")
     return getattr(import_module(f"loopfm_jax.bench.{module}"), name)(spec)
 
 
-def main(make: Callable[[Spec], Job] = make) -> None:
-    """Compiled programs are kept between runs."""
+def main(make: Callable[[Spec], Job] = job_of) -> None:
+    """Compiled programs, small ones too, are kept between runs."""
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(XLA_CACHE.expanduser())
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
