@@ -20,8 +20,9 @@ import numpy as np
 from flax import struct
 from jax.typing import DTypeLike
 
-BLOCK = 2048
-"""Large budgets are multiples of this: what runs over tokens block by block needs no remainder."""
+BLOCK, UNIT = 2048, 256
+"""What runs over tokens block by block has at most the first at a time; more slots than that are
+multiples of the second, and so divide into like blocks, the smallest half as large."""
 SMALL, LARGE = 4 * BLOCK, 32 * BLOCK
 """Slots B * L below which a program runs shorter than it compiles, so that few budgets pay, and
 from which on it runs so much longer that the finest do."""
@@ -223,7 +224,7 @@ def budget(lengths_B: np.ndarray, *, longest: int, parts: int = 1) -> int:
     """The smallest token budget whose parts hold these histories; nothing is ever dropped.
 
     Few shapes, so that few programs compile: of B * L that is small the whole and the quarter; else
-    two steps from each half to the next, where it is large eight.
+    two steps from each half to the next, where it is large sixteen: at most 5 % are padding.
     """
     total = parts * max(int(lengths_B.reshape(parts, -1).sum(axis=1).max()), 1)
     whole = len(lengths_B) * longest
@@ -231,7 +232,7 @@ def budget(lengths_B: np.ndarray, *, longest: int, parts: int = 1) -> int:
     if whole < SMALL:
         unit, octaves = 64 * parts, 2 * min(math.floor(octaves / 2), 1)
     elif whole < LARGE:
-        unit, octaves = math.lcm(BLOCK, parts), min(math.floor(2 * octaves) / 2, 3)
+        unit, octaves = math.lcm(UNIT, parts), min(math.floor(2 * octaves) / 2, 3)
     else:
-        unit, octaves = math.lcm(BLOCK, parts), math.floor(8 * octaves) / 8
+        unit, octaves = math.lcm(UNIT, parts), math.floor(16 * octaves) / 16
     return -(-max(total, math.ceil(whole * 2**-octaves)) // unit) * unit

@@ -1,8 +1,9 @@
 """A trained VM that answers rows of a log: programs compiled ahead, histories from memory maps.
 
-Requests are filled up to a bucket of examples, their histories to a bucket of tokens; every pair is
-compiled when the predictor is opened, so that no request waits for a compiler. Nothing of the FM is
-called: what it left behind is read where it lies (PAPER section 1, stage 5).
+Requests are filled up to a bucket of examples, their histories to a share of the slots that those
+could fill; every pair is compiled when the predictor is opened, so that no request waits for a
+compiler. Nothing of the FM is called: what it left behind is read where it lies (PAPER section 1,
+stage 5).
 """
 
 import math
@@ -16,9 +17,10 @@ from flax import nnx
 
 from loopfm_jax import compiler
 from loopfm_jax.backbones.blockwise import LEAST
+from loopfm_jax.data.batches import Batch
 from loopfm_jax.errors import UserError
 from loopfm_jax.history.reader import Past
-from loopfm_jax.packing import BLOCK
+from loopfm_jax.packing import BLOCK, UNIT
 from loopfm_jax.sharding import MeshConfig, make_mesh, split
 from loopfm_jax.vm.student import Student
 from loopfm_jax.vm.train import Examples
@@ -26,8 +28,10 @@ from loopfm_jax.vm.train import Examples
 BUCKETS = (1, 32, 256, 4096)
 """Examples of a request: rounded up to one of these."""
 SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
-"""Of the places for tokens, examples times the longest sequence: rounded up to one of these. Most
-requests of a log are about as full as it is: a coarse share would be mostly padding."""
+"""Of the places for tokens, examples times the longest sequence: rounded up to one of these, or to
+that of a typical request (`shares_of`)."""
+SAMPLE = 4096
+"""Rows of the log that show how full it is."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Predictor:
     buckets: tuple[int, ...]
     state: list[jax.Array]
     past: Past
+    shares: Mapping[int, tuple[float, ...]]
+    """Bucket -> what is rounded up to."""
     programs: Mapping[tuple[int, float], Any]
     """(examples, share) -> compiled (state, batch, past) -> probabilities [B]."""
 
@@ -67,7 +73,7 @@ class Predictor:
         probabilities, the batch's own first. Dispatched, not waited for."""
         count = len(batch["label_B"])
         examples = next(size for size in self.buckets if size >= count)
-        share = smallest_share(self.examples, batch, examples)
+        share = smallest_share(self.examples, batch, examples, self.shares[examples])
         filled = fill(self.examples, batch, examples=examples, share=share)
         return self.programs[examples, share](self.state, filled, self.past)
 
@@ -99,19 +105,43 @@ def open_predictor(
         student = nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
         return nnx.sigmoid(student(batch, past).logits_B)
 
-    step, one = jax.jit(predict), examples.batch(np.array([examples.inputs.splits["vm"].start]))
-    parts = packed(examples, one)
-    longest = max((longest for *_, longest in parts), default=1)
+    step, seen = jax.jit(predict), sample(examples)
+    longest = max((longest for *_, longest in packed(examples, seen)), default=1)
 
     def compiled(size: int, share: float) -> Any:
         few = room(size, longest, share) <= LEAST  # of which YNNPACK's products are the faster
-        filled = fill(examples, one, examples=size, share=share)
+        filled = fill(examples, seen, examples=size, share=share)
         asked = compiler.options(mesh, small_products=few)
         return step.lower(leaves, filled, past).compile(compiler_options=asked)
 
-    shares = SHARES if parts else SHARES[:1]
-    programs = {(size, share): compiled(size, share) for size in buckets for share in shares}
-    return Predictor(examples, buckets, leaves, past, programs)
+    shares = {size: shares_of(examples, seen, size) for size in buckets}
+    programs = {(size, share): compiled(size, share) for size in buckets for share in shares[size]}
+    return Predictor(examples, buckets, leaves, past, shares, programs)
+
+
+def sample(examples: Examples) -> Batch:
+    """Rows from all over the log that a VM can answer."""
+    first, stop = examples.inputs.splits["vm"].start, len(examples.inputs.log)
+    return examples.batch(np.linspace(first, stop - 1, SAMPLE).astype(np.int64))
+
+
+def shares_of(examples: Examples, seen: Batch, size: int) -> tuple[float, ...]:
+    """What requests of so many examples are rounded up to, no two with as many slots.
+
+    Most requests are about as full as the log, and a coarse share would be mostly padding: a finer
+    one has room for two in three of those whose rows are drawn from `seen`.
+    """
+    parts = packed(examples, seen)
+    typical = 0.0
+    for kind, name, longest in parts:
+        length_B = seen[kind][name]["length_B"]
+        each = length_B.mean() + length_B.std() / (2 * math.sqrt(size))
+        typical = max(typical, float(each) / longest)
+    rooms = {
+        tuple(room(size, longest, share) for *_, longest in parts): share
+        for share in sorted({*SHARES, min(typical, 1.0)})
+    }
+    return tuple(rooms.values())
 
 
 def packed(examples: Examples, batch: Mapping[str, Any]) -> list[tuple[str, str, int]]:
@@ -121,8 +151,10 @@ def packed(examples: Examples, batch: Mapping[str, Any]) -> list[tuple[str, str,
     return histories + [("events", name, schema[name].length) for name in batch["events"]]
 
 
-def smallest_share(examples: Examples, batch: Mapping[str, Any], size: int) -> float:
-    """The first of SHARES that has room for all tokens of a batch of at most `size` examples."""
+def smallest_share(
+    examples: Examples, batch: Mapping[str, Any], size: int, shares: Sequence[float]
+) -> float:
+    """The first that has room for all tokens of a batch of at most `size` examples."""
     wanted = [
         (int(batch[kind][name]["length_B"].sum()), longest)
         for kind, name, longest in packed(examples, batch)
@@ -131,13 +163,13 @@ def smallest_share(examples: Examples, batch: Mapping[str, Any], size: int) -> f
     def fits(share: float) -> bool:
         return all(tokens <= room(size, longest, share) for tokens, longest in wanted)
 
-    return next(filter(fits, SHARES))
+    return next(filter(fits, shares))
 
 
 def room(examples: int, longest: int, share: float) -> int:
-    """Token slots of a program; whole blocks of them where there are many (`packing.BLOCK`)."""
+    """Token slots of a program; of many, a number that divides into blocks (`packing.UNIT`)."""
     slots = math.ceil(examples * longest * share)
-    unit = BLOCK if slots > BLOCK else 8
+    unit = UNIT if slots > BLOCK else 8
     return -(-slots // unit) * unit
 
 

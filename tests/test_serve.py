@@ -103,9 +103,26 @@ def test_every_request_has_a_program(predictor):
     for kind, name, longest in packed(examples, batch):
         for length in (longest, longest // 2, 0):
             full = {**batch[kind][name], "length_B": np.full(8, length)}
-            found = smallest_share(examples, batch | {kind: {**batch[kind], name: full}}, 8)
-            assert found in SHARES and room(8, longest, found) >= 8 * length
-    assert set(predictor.programs) == {(size, share) for size in BUCKETS for share in SHARES}
+            asked = batch | {kind: {**batch[kind], name: full}}
+            found = smallest_share(examples, asked, 8, predictor.shares[8])
+            assert room(8, longest, found) >= 8 * length
+    assert set(predictor.programs) == {
+        (size, share) for size in BUCKETS for share in predictor.shares[size]
+    }
+
+
+def test_a_share_is_just_above_what_most_requests_hold(predictor):
+    """Also where the shares that are always there are far above it."""
+    examples, rng = predictor.examples, np.random.default_rng(0)
+    first, stop = examples.inputs.splits["vm"].start, len(examples.inputs.log)
+    fits = []
+    for _ in range(100):
+        batch = examples.batch(rng.integers(first, stop, 64))
+        share = smallest_share(examples, batch, 64, predictor.shares[64])
+        fits.append(share not in SHARES)
+    (own,) = set(predictor.shares[64]) - set(SHARES)
+    below = max(share for share in SHARES if share < own)
+    assert 0.5 < np.mean(fits) < 0.95 and below < own < below + 0.125
 
 
 @pytest.mark.parametrize("share", SHARES)
