@@ -21,8 +21,8 @@ from flax import struct
 from jax.typing import DTypeLike
 
 BLOCK, UNIT = 2048, 256
-"""What runs over tokens block by block has at most the first at a time; more slots than that are
-multiples of the second, and so divide into like blocks, the smallest half as large."""
+"""What runs over tokens block by block has the first at a time; multiples of the second divide too,
+into like blocks of at least half as many. Large budgets are multiples of the first."""
 SMALL, LARGE = 4 * BLOCK, 32 * BLOCK
 """Slots B * L below which a program runs shorter than it compiles, so that few budgets pay, and
 from which on it runs so much longer that the finest do."""
@@ -232,7 +232,7 @@ def budget(lengths_B: np.ndarray, *, longest: int, parts: int = 1) -> int:
     if whole < SMALL:
         unit, octaves = 64 * parts, 2 * min(math.floor(octaves / 2), 1)
     elif whole < LARGE:
-        unit, octaves = math.lcm(UNIT, parts), min(math.floor(2 * octaves) / 2, 3)
+        unit, octaves = math.lcm(BLOCK, parts), min(math.floor(2 * octaves) / 2, 3)
     else:
-        unit, octaves = math.lcm(UNIT, parts), math.floor(16 * octaves) / 16
+        unit, octaves = math.lcm(BLOCK, parts), math.floor(16 * octaves) / 16
     return -(-max(total, math.ceil(whole * 2**-octaves)) // unit) * unit

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mesh_steps import collectives
 
 from loopfm_jax import packing
-from loopfm_jax.packing import LARGE, SMALL, UNIT, Parts, Tokens, budget
+from loopfm_jax.packing import BLOCK, LARGE, SMALL, Parts, Tokens, budget
 from loopfm_jax.sharding import MeshConfig, make_mesh, split
 
 B, L, T = 6, 4, 25  # one slot more than B * L: a packed batch always has an unreal one
@@ -198,7 +198,7 @@ def test_nothing_of_a_part_leaves_its_device(shape):
 def test_tokens_are_dealt_to_the_parts_that_the_budget_has_room_for(count, lengths, longest):
     lengths_B = np.array(lengths)
     slots = budget(lengths_B, longest=longest, parts=count)
-    assert slots % count == 0 and (longest == 40 or slots % UNIT == 0)
+    assert slots % count == 0 and (longest == 40 or slots % BLOCK == 0)
     assert slots // count >= lengths_B.reshape(count, -1).sum(axis=1).max()
     slots = count * 24 * 40 if longest > 40 else slots  # as large as it can be said in a test
     values_T = 1 + np.arange(lengths_B.sum())
@@ -241,7 +241,7 @@ def test_budget_holds_everything_in_few_shapes(longest, lengths, small):
     """Not more than the next larger one: of a quarter of all, or if it is large of 2^-1/2."""
     copies = 1 if small else -(-SMALL // (len(lengths) * longest))
     lengths_B = np.tile(np.minimum(lengths, longest), copies)
-    whole, total, unit = len(lengths_B) * longest, lengths_B.sum(), 64 if small else UNIT
+    whole, total, unit = len(lengths_B) * longest, lengths_B.sum(), 64 if small else BLOCK
     slots = budget(lengths_B, longest=longest)
     assert slots % unit == 0 and max(total, 1) <= slots < whole + unit
     least, step = (4, 4) if small else (8, 2**0.5)
@@ -259,5 +259,5 @@ def test_a_batch_without_any_history_still_has_slots():
 def test_a_large_batch_wastes_a_twentieth_at_most(fill):
     lengths_B = np.full(LARGE // 16, round(32 * fill))
     slots = budget(lengths_B, longest=32)
-    assert slots % UNIT == 0
-    assert lengths_B.sum() <= slots <= 1.05 * lengths_B.sum() + UNIT
+    assert slots % BLOCK == 0
+    assert lengths_B.sum() <= slots <= 1.05 * lengths_B.sum() + BLOCK
