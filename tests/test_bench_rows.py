@@ -13,10 +13,12 @@ from loopfm_jax.bench.exporting import BATCHES
 from loopfm_jax.bench.feeding import COMPARED, content
 from loopfm_jax.bench.rows import (
     CASES,
+    LogSpec,
     choose,
     compress,
     devices,
     export,
+    fm_train,
     grow,
     nothing,
     read_codes,
@@ -101,6 +103,19 @@ def test_devices_are_simulated_in_the_sides_own_process():
     assert (
         case.ours[0].spec["mesh"] == {"data": 8} and case.spec["backbone"]["tables"]["row_multiple"]
     )
+
+
+def test_devices_learn_of_the_batches_that_one_device_does(tmp_path):
+    """Also where some need a larger budget only if they are laid out in parts."""
+    log = LogSpec(bench_cases.SCHEMA, rows=1280, fill=0.24)
+    tables = replace(bench_cases.DIN.tables, row_multiple=4, init_std=0.1)
+    case = fm_train("tiny", replace(bench_cases.DIN, tables=tables), batch=64, prepare=log)
+    spec = {**case.spec, **log(tmp_path)}
+    mesh, parts = {"mesh": {"data": 4}}, {"parts": (1, 4)}
+    sides = mesh | parts, parts, mesh
+    many, one, other = (job_of({**spec, **side}).run(seconds=0, steps=6).losses for side in sides)
+    assert many == pytest.approx(one, rel=1e-5)
+    assert many != pytest.approx(other, rel=1e-3)
 
 
 def test_codes_take_half_a_byte_a_number(tmp_path):

@@ -40,7 +40,7 @@ def pack_many(end_B, length_B) -> Tokens:
         return packing.pack(end_B, length_B, slots=T, longest=L)
 
 
-LAYOUTS = {"pack": pack, "pack many": pack_many, "parts": parts, "pad": pad}
+LAYOUTS = {"pack": pack, "parts": parts, "pad": pad}
 spread, total, count, softmax = map(
     jax.jit, (Tokens.spread, Tokens.sum, Tokens.count, Tokens.softmax)
 )
@@ -82,6 +82,17 @@ def test_holds_exactly_the_slices_newest_first(layout, case):
     assert (np.diff(by_part) >= 0).all()  # segment_sum is told so
     assert (np.asarray(tokens.row_T)[~np.asarray(tokens.real_T)] == 0).all()
     assert (tokens.examples, tokens.length) == (B, L)
+
+
+@every_case
+def test_many_examples_are_packed_as_few(case):
+    length_B = np.array(LENGTHS[case], np.int32)
+    assert packing.FEW >= B
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        pack_many(END_OF[case], length_B),
+        pack(END_OF[case], length_B),
+    )
 
 
 @every_case

@@ -23,6 +23,7 @@ from loopfm_jax.bench.protocol import Measured, Spec, timed, timed_each
 from loopfm_jax.data.batches import Batch, GlobalBatches, iterate
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.optim import make_optimiser
+from loopfm_jax.packing import Parts
 from loopfm_jax.serve import open_predictor
 from loopfm_jax.vm.train import Examples
 
@@ -50,14 +51,23 @@ def _facts(subject: Subject | Taught, state: loop.State) -> dict[str, Any]:
     }
 
 
-def _batches(subject: Subject | Taught) -> Iterator[Batch]:
-    """Those of the first one's shapes: a larger token budget is a program more, whose compiling
-    a rate should not hold."""
+def _batches(subject: Subject | Taught, spec: Spec) -> Iterator[Batch]:
+    """Those of the first one's shapes: a larger token budget is a program more, whose compiling a
+    rate should not hold. Where sides lay them out in parts of several numbers, `parts` has all of
+    these: a batch that would need another budget in any of them is left out by every side."""
     order = subject.config.train.order
-    parts = sharding.parts(subject.mesh)
-    source = GlobalBatches(subject.rows, subject.examples.batch, config=order, parts=parts)
-    shapes = jax.tree.map(np.shape, source[0])
-    return (batch for batch in iterate(source) if jax.tree.map(np.shape, batch) == shapes)
+
+    def laid_out(parts: Parts) -> GlobalBatches:
+        return GlobalBatches(subject.rows, subject.examples.batch, config=order, parts=parts)
+
+    source = laid_out(sharding.parts(subject.mesh))
+    others = [laid_out(Parts(count, tuple(range(count)))) for count in spec.get("parts", ())]
+
+    def shapes(step: int, batch: Batch) -> Any:
+        return jax.tree.map(np.shape, [batch, *(other[step] for other in others)])
+
+    first = shapes(0, source[0])
+    return (batch for step, batch in enumerate(iterate(source)) if shapes(step, batch) == first)
 
 
 class Train:
@@ -66,7 +76,7 @@ class Train:
     def __init__(self, spec: Spec):
         subject, graphdef, state, shardings, optimiser = _start(spec)
         self.facts = _facts(subject, state)
-        self.subject, self._state, self._batches = subject, state, _batches(subject)
+        self.subject, self._state, self._batches = subject, state, _batches(subject, spec)
         self.ticks: list[float] = []
         """When the numbers of each step of the last run were read, by `time.perf_counter`."""
         self._step = loop.make_step(subject.task, optimiser, graphdef, shardings)
@@ -143,7 +153,7 @@ class Infer:
     def __init__(self, spec: Spec):
         self._predict = Predict(spec)
         self.facts = self._predict.facts
-        self._batches = _batches(self._predict.subject)
+        self._batches = _batches(self._predict.subject, spec)
         self._waiting: list[tuple[jax.Array, np.ndarray]] = []
         self._losses: list[float] = []
 

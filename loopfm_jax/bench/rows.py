@@ -210,7 +210,7 @@ def devices(count: int, *, backbone: BackboneConfig = DIN, batch: int = 2048) ->
         unit="examples/s",
         ours=(Side("loopfm", env=split, spec={"mesh": {"data": count}}),),
         peers=(Side("one-device"), Side("one-device-as-many-threads", env=threads)),
-        spec={"job": "train", **describe(LOG.schema, backbone, batch)},
+        spec={"job": "train", "parts": (1, count), **describe(LOG.schema, backbone, batch)},
         prepare=LOG,
         check=Check(),
     )
