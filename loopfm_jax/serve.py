@@ -17,7 +17,6 @@ from flax import nnx
 
 from loopfm_jax import compiler
 from loopfm_jax.backbones.blockwise import LEAST
-from loopfm_jax.data.batches import Batch
 from loopfm_jax.errors import UserError
 from loopfm_jax.history.reader import Past
 from loopfm_jax.packing import BLOCK, UNIT
@@ -105,37 +104,41 @@ def open_predictor(
         student = nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
         return nnx.sigmoid(student(batch, past).logits_B)
 
-    step, seen = jax.jit(predict), sample(examples)
-    longest = max((longest for *_, longest in packed(examples, seen)), default=1)
+    step, one = jax.jit(predict), examples.batch(np.array([examples.inputs.splits["vm"].start]))
+    longest = max((longest for *_, longest in packed(examples)), default=1)
 
     def compiled(size: int, share: float) -> Any:
         few = room(size, longest, share) <= LEAST  # of which YNNPACK's products are the faster
-        filled = fill(examples, seen, examples=size, share=share)
+        filled = fill(examples, one, examples=size, share=share)
         asked = compiler.options(mesh, small_products=few)
         return step.lower(leaves, filled, past).compile(compiler_options=asked)
 
-    shares = {size: shares_of(examples, seen, size) for size in buckets}
+    shares = {size: shares_of(examples, size) for size in buckets}
     programs = {(size, share): compiled(size, share) for size in buckets for share in shares[size]}
     return Predictor(examples, buckets, leaves, past, shares, programs)
 
 
-def sample(examples: Examples) -> Batch:
-    """Rows from all over the log that a VM can answer."""
-    first, stop = examples.inputs.splits["vm"].start, len(examples.inputs.log)
-    return examples.batch(np.linspace(first, stop - 1, SAMPLE).astype(np.int64))
+def packed(examples: Examples) -> list[tuple[str, str, int]]:
+    """(kind, name, longest) of all that a batch holds by tokens: histories and behaviours."""
+    join, schema = examples.join, examples.inputs.schema
+    histories = (
+        [("slices", key, join.histories.longest) for key in join.reading.keys] if join else []
+    )
+    return histories + [("events", name, schema[name].length) for name in schema.groups]
 
 
-def shares_of(examples: Examples, seen: Batch, size: int) -> tuple[float, ...]:
+def shares_of(examples: Examples, size: int) -> tuple[float, ...]:
     """What requests of so many examples are rounded up to, no two with as many slots.
 
     Most requests are about as full as the log, and a coarse share would be mostly padding: a finer
-    one has room for two in three of those whose rows are drawn from `seen`.
+    one has room for two in three of those whose rows are drawn from it.
     """
-    parts = packed(examples, seen)
-    typical = 0.0
+    first, stop = examples.inputs.splits["vm"].start, len(examples.inputs.log)
+    rows = np.linspace(first, stop - 1, SAMPLE).astype(np.int64)
+    parts, typical = packed(examples), 0.0
     for kind, name, longest in parts:
-        length_B = seen[kind][name]["length_B"]
-        each = length_B.mean() + length_B.std() / (2 * math.sqrt(size))
+        length_N = _lengths(examples, kind, name, rows)
+        each = length_N.mean() + length_N.std() / (2 * math.sqrt(size))
         typical = max(typical, float(each) / longest)
     rooms = {
         tuple(room(size, longest, share) for *_, longest in parts): share
@@ -144,11 +147,10 @@ def shares_of(examples: Examples, seen: Batch, size: int) -> tuple[float, ...]:
     return tuple(rooms.values())
 
 
-def packed(examples: Examples, batch: Mapping[str, Any]) -> list[tuple[str, str, int]]:
-    """(kind, name, longest) of all that a batch holds by tokens: histories and behaviours."""
-    join, schema = examples.join, examples.inputs.schema
-    histories = [("slices", key, join.histories.longest) for key in batch.get("slices", {}) if join]
-    return histories + [("events", name, schema[name].length) for name in batch["events"]]
+def _lengths(examples: Examples, kind: str, name: str, rows: np.ndarray) -> np.ndarray:
+    if kind == "slices" and examples.join is not None:
+        return examples.join.lengths(name, rows)
+    return examples.inputs.log.lengths(examples.inputs.schema.groups[name], rows)
 
 
 def smallest_share(
@@ -157,7 +159,7 @@ def smallest_share(
     """The first that has room for all tokens of a batch of at most `size` examples."""
     wanted = [
         (int(batch[kind][name]["length_B"].sum()), longest)
-        for kind, name, longest in packed(examples, batch)
+        for kind, name, longest in packed(examples)
     ]
 
     def fits(share: float) -> bool:
@@ -178,7 +180,7 @@ def fill(
 ) -> dict[str, Any]:
     """A batch with so many examples, the last ones padding without any token, and room for that
     share of their tokens."""
-    parts = packed(examples_of, batch)
+    parts = packed(examples_of)
     apart = ("slices", "events", "weight_B")  # nobody weighs a request
     plain = {name: part for name, part in batch.items() if name not in apart}
     filled: dict[str, Any] = _grow(plain, examples)

@@ -99,8 +99,8 @@ def test_every_request_has_a_program(predictor):
     """Also of examples whose histories and other sequences are all full."""
     examples = predictor.examples
     batch = examples.batch(examples.inputs.rows("test")[:8])
-    assert {kind for kind, *_ in packed(examples, batch)} == {"slices", "events"}
-    for kind, name, longest in packed(examples, batch):
+    assert {kind for kind, *_ in packed(examples)} == {"slices", "events"}
+    for kind, name, longest in packed(examples):
         for length in (longest, longest // 2, 0):
             full = {**batch[kind][name], "length_B": np.full(8, length)}
             asked = batch | {kind: {**batch[kind], name: full}}
@@ -130,7 +130,7 @@ def test_padding_has_no_tokens(predictor, share):
     examples = predictor.examples
     batch = examples.batch(examples.inputs.rows("test")[-3:])
     filled = fill(examples, batch, examples=8, share=share)
-    for kind, name, longest in packed(examples, batch):
+    for kind, name, longest in packed(examples):
         before, after = batch[kind][name], filled[kind][name]
         assert after["length_B"].tolist() == [*before["length_B"], 0, 0, 0, 0, 0]
         slots = {x.shape[1] for n, x in after.items() if n in ("slot_PS", "ids_PSG")}

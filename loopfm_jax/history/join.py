@@ -71,6 +71,10 @@ class Join:
         example = np.where(known, rows - self.first, 0)
         return store.end[example], np.where(known, store.length[example], 0)
 
+    def lengths(self, key: str, rows: np.ndarray) -> np.ndarray:
+        """Of the histories of any rows, without reading them."""
+        return self._ends(self.histories.stores[key], rows)[1]
+
     def batch(self, rows: np.ndarray, parts: Parts = WHOLE) -> dict[str, Any]:
         """`slices` by key: `end_B`, `length_B` int32 and `slot_PS`, whose size is the token
         budget of this batch, and `entries` [P, S, ...] of stores that stay on the host;
