@@ -20,9 +20,8 @@ import numpy as np
 from flax import struct
 from jax.typing import DTypeLike
 
-BLOCK, UNIT = 2048, 256
-"""What runs over tokens block by block has the first at a time; multiples of the second divide too,
-into like blocks of at least half as many. Large budgets are multiples of the first."""
+BLOCK = 2048
+"""Large budgets are multiples of this: what runs over tokens block by block needs no remainder."""
 SMALL, LARGE = 4 * BLOCK, 32 * BLOCK
 """Slots B * L below which a program runs shorter than it compiles, so that few budgets pay, and
 from which on it runs so much longer that the finest do."""

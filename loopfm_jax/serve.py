@@ -19,7 +19,7 @@ from loopfm_jax import compiler
 from loopfm_jax.backbones.blockwise import LEAST
 from loopfm_jax.errors import UserError
 from loopfm_jax.history.reader import Past
-from loopfm_jax.packing import BLOCK, UNIT
+from loopfm_jax.packing import BLOCK, SMALL
 from loopfm_jax.sharding import MeshConfig, make_mesh, split
 from loopfm_jax.vm.student import Student
 from loopfm_jax.vm.train import Examples
@@ -169,9 +169,9 @@ def smallest_share(
 
 
 def room(examples: int, longest: int, share: float) -> int:
-    """Token slots of a program; of many, a number that divides into blocks (`packing.UNIT`)."""
+    """Token slots of a program; whole blocks of them where there are many (`packing.BLOCK`)."""
     slots = math.ceil(examples * longest * share)
-    unit = UNIT if slots > BLOCK else 8
+    unit = BLOCK if slots > SMALL else 8
     return -(-slots // unit) * unit
 
 

@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 
 from loopfm_jax import sharding
 from loopfm_jax.backbones.layers import KEPT, Key
-from loopfm_jax.packing import BLOCK, UNIT, Tokens
+from loopfm_jax.packing import BLOCK, SMALL, Tokens
 from loopfm_jax.sharding import ALL
 
 LEAST = 512
@@ -19,11 +19,11 @@ LEAST = 512
 
 
 def by_block(f: Callable[..., Any], *, ahead: int = 0) -> Callable[..., Any]:
-    """`f(tokens, *per_token, key=..)` over at most BLOCK tokens of a device at a time, computed
-    again for the gradient but for what is named KEPT.
+    """`f(tokens, *per_token, key=..)` over BLOCK tokens of a device at a time, computed again for
+    the gradient but for what is named KEPT.
 
     On CPU only: what a block needs stays in the cache, and memory hardly grows with T. An
-    accelerator wants the large products, and few tokens are one block anyway.
+    accelerator wants the large products, and few tokens (SMALL) are faster as one block.
 
     Args:
       f: arrays [T, ...] -> arrays [T, ...], of any part of the tokens. What else it reads, modules
@@ -34,7 +34,7 @@ def by_block(f: Callable[..., Any], *, ahead: int = 0) -> Callable[..., Any]:
 
     def run(tokens: Tokens, *per_token: jax.Array, key: Key) -> Any:
         slots, devices = len(tokens.real_T), sharding.devices()
-        whole = sharding.platform() != "cpu" or slots % UNIT or slots <= BLOCK
+        whole = sharding.platform() != "cpu" or slots % BLOCK or slots <= SMALL
         if whole or slots % devices or block(slots // devices, devices) < ahead:
             return f(tokens, *per_token, key=key)
         given = replace(tokens, parts=1), *per_token  # a block knows all examples by their number
