@@ -14,10 +14,6 @@ from loopfm_jax.data.schema import Behaviour, Schema
 from loopfm_jax.fm.compressor import CompressorConfig
 from loopfm_jax.history.encoders import POOLING, EncoderConfig, spec_of
 
-REMAT = True
-"""Whether the attention of backbones is computed again in the backward pass, but for what
-`backbones.blockwise` keeps: the later layers of score MLPs."""
-
 
 def forward(
     schema: Schema, config: BackboneConfig, *, tokens: float, pairs: float, extra_fields: int = 0
@@ -65,7 +61,8 @@ def train(
 ) -> float:
     """FLOPs of one example's training step: the backward pass costs two forwards.
 
-    remat: attention is computed once more there (`REMAT`).
+    remat: attention is computed once more there, but for what `backbones.blockwise` keeps: the
+      later layers of score MLPs.
     """
     whole = forward(schema, config, tokens=tokens, pairs=pairs, extra_fields=extra_fields)
     again = 0.0

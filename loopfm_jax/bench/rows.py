@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from loopfm_jax.backbones import BackboneConfig
+from loopfm_jax.backbones.blockwise import FEW
 from loopfm_jax.bench import flops
 from loopfm_jax.bench.data import HistorySpec
 from loopfm_jax.bench.history_rows import compress, encoder, read_codes, structure
@@ -75,7 +76,8 @@ def fm_train(
 
     def count(facts: Facts) -> float:
         tokens, pairs = facts["tokens"], facts["pairs"]
-        return flops.train(prepare.schema, backbone, tokens=tokens, pairs=pairs, remat=flops.REMAT)
+        again = batch * tokens > FEW
+        return flops.train(prepare.schema, backbone, tokens=tokens, pairs=pairs, remat=again)
 
     return Case(
         name=f"fm-train/{name}",
