@@ -223,7 +223,7 @@ def budget(lengths_B: np.ndarray, *, longest: int, parts: int = 1) -> int:
     """The smallest token budget whose parts hold these histories; nothing is ever dropped.
 
     Few shapes, so that few programs compile: of B * L that is small the whole and the quarter; else
-    two steps from each half to the next, where it is large sixteen: at most 5 % are padding.
+    two steps from each half to the next, where it is large sixteen, of 5 % or the rest of a block.
     """
     total = parts * max(int(lengths_B.reshape(parts, -1).sum(axis=1).max()), 1)
     whole = len(lengths_B) * longest

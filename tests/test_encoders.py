@@ -239,7 +239,7 @@ def test_self_attention_by_block_is_that_of_all_at_once(devices, monkeypatch):
     given = jax.device_put(draw(16, 3 * W), split(mesh))
     whole = jax.jit(learn)(given)
     monkeypatch.setattr(blockwise, "BLOCK", 4)
-    monkeypatch.setattr(blockwise, "FEW", 4)
+    monkeypatch.setattr(blockwise, "ONE_BLOCK", 4)
     monkeypatch.setattr(blockwise, "LEAST", 4)
     jax.clear_caches()
     assert "scan" in str(jax.make_jaxpr(learn)(given))

@@ -153,7 +153,7 @@ def test_first_score_layer_equals_its_concatenated_form(
 
 def blocks_of(slots, monkeypatch):
     monkeypatch.setattr(blockwise, "BLOCK", slots)
-    monkeypatch.setattr(blockwise, "FEW", slots)
+    monkeypatch.setattr(blockwise, "ONE_BLOCK", slots)
     monkeypatch.setattr(blockwise, "LEAST", slots)
 
 

@@ -18,7 +18,7 @@ every_mesh = pytest.mark.parametrize("shape", MESHES[1:])
 def small_blocks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blockwise, "BLOCK", 64)
-        patch.setattr(blockwise, "FEW", 64)
+        patch.setattr(blockwise, "ONE_BLOCK", 64)
         patch.setattr(blockwise, "LEAST", 8)
         yield
 
