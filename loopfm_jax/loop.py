@@ -3,6 +3,9 @@
 Step n is dispatched before the numbers of step n-1 are read, the state is donated, transfers are
 explicit, and a loss that is not finite stops the run. A checkpoint holds the model state and the
 position in the data, so a resumed run ends bit-equal to one that was never interrupted.
+
+On CPU a step runs in the thread that asks for it, its batch there: a step in flight beside it
+would be no faster, but hold its own temporaries (DIN of the BARS size: 5.4 GiB in place of 2.2).
 """
 
 from collections.abc import Callable, Mapping
@@ -24,6 +27,8 @@ from loopfm_jax.optim import OptimConfig, Optimiser, make_optimiser
 from loopfm_jax.progress import track
 from loopfm_jax.rngs import Rngs
 from loopfm_jax.tables import with_pretrained
+
+jax.config.update("jax_cpu_enable_async_dispatch", False)  # here: devices are opened but once
 
 
 @struct.dataclass
@@ -220,19 +225,21 @@ def gather_kernels(model: nnx.Module, shardings: Any) -> None:
 
 def put(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
     """A host batch on the devices, split over `data` by its first axis; of several processes, each
-    brings its own parts.
+    brings its own parts. On an accelerator it may still be on its way.
 
     Raises:
       UserError: a size that the mesh does not divide.
     """
     try:
         with jax.transfer_guard("allow"):  # one that is asked for, though JAX does not know it
-            return jax.make_array_from_process_local_data(sharding.split(mesh, "examples"), batch)
+            where = sharding.split(mesh, "examples")
+            placed = jax.make_array_from_process_local_data(where, batch)
     except ValueError:
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
             name = "batch" + jax.tree_util.keystr(path)
             sharding.check_divides(mesh, name, leaf.shape, ("examples",))
         raise
+    return jax.block_until_ready(placed) if mesh.devices.flat[0].platform == "cpu" else placed
 
 
 def count(params: Any) -> int:

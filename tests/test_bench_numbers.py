@@ -67,9 +67,6 @@ def test_count_of_the_public_din_is_the_known_one():
     """PERF: 12.0k examples/s at a peak of 500 GFLOP/s and 58 % full."""
     count = flops.train(PUBLIC["TaobaoAd_x1"].schema, DIN, tokens=29, pairs=0)
     assert 500e9 / count == pytest.approx(12.0e3, rel=0.05)
-    again = flops.train(PUBLIC["TaobaoAd_x1"].schema, DIN, tokens=29, pairs=0, remat=True) - count
-    first_layer = 29 * 2 * (2 * 96) * 512
-    assert again == pytest.approx(first_layer, rel=0.05), "later layers are kept"
 
 
 def unrolled(stack: Stack, x, *beside, key=None):

@@ -14,9 +14,9 @@ from loopfm_jax.backbones.layers import KEPT, Key
 from loopfm_jax.packing import BLOCK, Tokens
 from loopfm_jax.sharding import ALL
 
-ONE_BLOCK = 16 * BLOCK
-"""Slots up to which all at once is the faster: nothing is computed again for its gradient. It takes
-more memory (benchmarks/LOG.md)."""
+ONE_BLOCK = 64 * BLOCK
+"""Slots up to which one device takes all at once, of several all together a share: nothing is
+computed again for the gradient, which is faster for some kilobytes of memory a slot."""
 LEAST = 512
 """Slots of a block below which its products slow down."""
 
@@ -25,8 +25,8 @@ def by_block(f: Callable[..., Any], *, ahead: int = 0) -> Callable[..., Any]:
     """`f(tokens, *per_token, key=..)` over BLOCK tokens of a device at a time, computed again for
     the gradient but for what is named KEPT.
 
-    On CPU only: what a block needs stays in the cache, and memory hardly grows with T. An
-    accelerator wants the large products, and few tokens (ONE_BLOCK) are faster at once.
+    Many tokens on CPU only, whose memory then hardly grows with T. Up to ONE_BLOCK, and on an
+    accelerator, all at once is faster.
 
     Args:
       f: arrays [T, ...] -> arrays [T, ...], of any part of the tokens. What else it reads, modules
@@ -37,7 +37,7 @@ def by_block(f: Callable[..., Any], *, ahead: int = 0) -> Callable[..., Any]:
 
     def run(tokens: Tokens, *per_token: jax.Array, key: Key) -> Any:
         slots, devices = len(tokens.real_T), sharding.devices()
-        whole = sharding.platform() != "cpu" or slots % BLOCK or slots <= ONE_BLOCK
+        whole = sharding.platform() != "cpu" or slots % BLOCK or slots * devices <= ONE_BLOCK
         if whole or slots % devices or block(slots // devices, devices) < ahead:
             return f(tokens, *per_token, key=key)
         given = replace(tokens, parts=1), *per_token  # a block knows all examples by their number

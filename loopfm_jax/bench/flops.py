@@ -51,28 +51,11 @@ def forward(
 
 
 def train(
-    schema: Schema,
-    config: BackboneConfig,
-    *,
-    tokens: float,
-    pairs: float,
-    extra_fields: int = 0,
-    remat: bool = False,
+    schema: Schema, config: BackboneConfig, *, tokens: float, pairs: float, extra_fields: int = 0
 ) -> float:
-    """FLOPs of one example's training step: the backward pass costs two forwards.
-
-    remat: attention is computed once more there, but for what `backbones.blockwise` keeps: the
-      later layers of score MLPs.
-    """
-    whole = forward(schema, config, tokens=tokens, pairs=pairs, extra_fields=extra_fields)
-    again = 0.0
-    if remat and config.name in SEQUENCE_BACKBONES:
-        again = whole - forward(schema, config, tokens=0, pairs=0)
-        if config.name in SCORED:
-            heads = config.heads if config.name == "dmin" else 1
-            kept = tokens * chain(*config.attention_hidden, 1)
-            again -= len(schema.behaviours) * heads * kept
-    return 3 * whole + again
+    """FLOPs of one example's training step: the backward pass costs two forwards. What a step
+    computes again to save memory (`remat`, `backbones.blockwise`) is not counted."""
+    return 3 * forward(schema, config, tokens=tokens, pairs=pairs, extra_fields=extra_fields)
 
 
 def compressor_train(config: CompressorConfig, inputs: int) -> float:
@@ -219,8 +202,6 @@ def in_window(window: int, tokens: float, pairs: float) -> float:
     return tokens * (window - window * (window - 1) / (2 * length))
 
 
-SCORED = ("din", "dien", "dmin")
-"""Backbones whose events are scored by an MLP."""
 INTERESTS = {"din": din, "dien": dien, "dmin": dmin, "hstu": hstu}
 ARMS = {"interformer": interformer_arm, "kunlun": kunlun_arms}
 LAYERS_OF = {"interformer": 1, "kunlun": 2}

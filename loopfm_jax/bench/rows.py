@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from loopfm_jax.backbones import BackboneConfig
-from loopfm_jax.backbones.blockwise import ONE_BLOCK
 from loopfm_jax.bench import flops
 from loopfm_jax.bench.data import HistorySpec
 from loopfm_jax.bench.history_rows import compress, encoder, read_codes, structure
@@ -75,9 +74,7 @@ def fm_train(
     steps = Check().steps if same_steps else 1
 
     def count(facts: Facts) -> float:
-        tokens, pairs = facts["tokens"], facts["pairs"]
-        again = batch * tokens > ONE_BLOCK
-        return flops.train(prepare.schema, backbone, tokens=tokens, pairs=pairs, remat=again)
+        return flops.train(prepare.schema, backbone, tokens=facts["tokens"], pairs=facts["pairs"])
 
     return Case(
         name=f"fm-train/{name}",
