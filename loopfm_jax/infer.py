@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from loopfm_jax import compiler, sharding
+from loopfm_jax import compiler, memory, sharding
 from loopfm_jax.data.batches import Assemble, GlobalBatches, OrderConfig, Seating, iterate
 from loopfm_jax.loop import put
 from loopfm_jax.progress import track
@@ -73,6 +73,7 @@ def run(
       program: of `make_step`; the next pass over the same model's form may use it again.
       seating: of `GlobalBatches`.
     """
+    memory.keep_freed()
     state = nnx.state(model)
     per_device = mesh.shape["data"]
     config = OrderConfig(batch=max(per_device, batch // per_device * per_device))

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from loopfm_jax import compiler
+from loopfm_jax import compiler, memory
 from loopfm_jax.backbones.blockwise import LEAST
 from loopfm_jax.errors import UserError
 from loopfm_jax.history.reader import Past
@@ -95,6 +95,7 @@ def open_predictor(
         raise UserError(f"buckets are {list(buckets)}: name at least one, each at least 1")
     if examples.join is not None:
         examples = replace(examples, join=replace(examples.join, residency="host"))
+    memory.keep_freed()
     mesh = make_mesh(MeshConfig())
     graphdef, state = nnx.split(model)
     leaves, tree = jax.tree.flatten(state)  # plain arrays: a call need not walk through the model

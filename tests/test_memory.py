@@ -1,7 +1,8 @@
-"""Freed memory stays in the process."""
+"""Freed memory stays in the process, in large pages."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,3 +33,35 @@ def test_a_large_block_is_not_mapped_anew():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, check=True)
     before, after = map(int, done.stdout.split())
     assert after < 0.05 * before
+
+
+LARGE = """
+import re
+from pathlib import Path
+from loopfm_jax.memory import keep_freed
+
+def large_kb():
+    return int(re.search(r"AnonHugePages: +(\\d+)", Path("/proc/self/smaps_rollup").read_text())[1])
+
+before = large_kb()
+kept = [b"x" * 160_000_000]
+usual = large_kb() - before
+del kept
+keep_freed()
+keep_freed()  # marks once
+kept = [b"x" * 160_000_000 for _ in range(5)]
+print(usual, large_kb() - before)
+"""
+PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not PAGES.exists() or "[madvise]" not in PAGES.read_text(),
+    reason="large pages are not for those who ask (transparent_hugepage is not at madvise)",
+)
+def test_what_a_process_takes_from_then_on_lies_in_large_pages():
+    """Five blocks of 160 MB, all but the ends of them; NumPy's arrays always do."""
+    done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, check=True)
+    usual, large = map(int, done.stdout.split())
+    assert usual < 1000
+    assert large > 700_000

@@ -242,3 +242,10 @@ def test_no_step_makes_anything_of_the_size_of_a_table(rule):
     params, step, state = learn("adam", big=50_000, width=16)
     used = step.lower(params, state).compile().memory_analysis().temp_size_in_bytes
     assert used > table.nbytes / 20, "the bound would not notice a dense gradient"
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (64,), (7, 9), (33, 32), (3, 5, 41)])
+def test_squares_are_added_up_whatever_is_left_over(shape):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    found = jax.jit(rows.square_sum)(jnp.asarray(x))
+    np.testing.assert_allclose(found, np.square(x.astype(np.float64)).sum(), rtol=1e-6)

@@ -24,8 +24,9 @@ TUNED = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**36),
     "MALLOC_TOP_PAD_": str(2**26),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-"""glibc keeps freed memory, as `memory.keep_freed` makes it in our own processes."""
+"""glibc keeps freed memory, in large pages, as `memory.keep_freed` makes it in our processes."""
 
 
 class Failed(Exception):
