@@ -117,7 +117,7 @@ def parts(mesh: Mesh) -> Parts:
 
 def everywhere(mesh: Mesh, tree: Any) -> Any:
     """Arrays of the host, the same in every process, whole on every device."""
-    return jax.tree.map(partial(place, where=split(mesh)), tree)
+    return jax.block_until_ready(jax.tree.map(partial(place, where=split(mesh)), tree))
 
 
 def place(values: Any, where: Any) -> jax.Array:

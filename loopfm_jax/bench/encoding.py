@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from loopfm_jax import memory
+from loopfm_jax import loop, memory
 from loopfm_jax.bench.data import draw_lengths
 from loopfm_jax.bench.model import from_json
 from loopfm_jax.bench.protocol import Measured, Spec, timed
@@ -19,6 +19,7 @@ from loopfm_jax.history.codes import Codec, dequantise
 from loopfm_jax.history.encoders import ENCODERS, EncoderConfig
 from loopfm_jax.packing import Tokens, budget, pack, pad
 from loopfm_jax.rngs import Rngs
+from loopfm_jax.sharding import MeshConfig, make_mesh
 
 BATCHES = 16
 """Different ones, in turn."""
@@ -52,7 +53,7 @@ class Encode:
         model = ENCODERS[config.name](width, width, config, rngs=Rngs(0))
         graphdef, self._params = nnx.split(model)
         stored = rng.integers(0, 256, (spec["entries"], codec.columns), np.uint8)
-        self._store = jax.device_put(stored)
+        self._mesh, self._store = make_mesh(MeshConfig()), jax.device_put(stored)
         self._batches = self._draw(spec, rng)
         self._losses: list[float] = []
         self._waiting: list[jax.Array] = []
@@ -72,6 +73,7 @@ class Encode:
 
         self._step = jax.jit(step, donate_argnums=0)
         self._turn = self._forever()
+        jax.block_until_ready((self._params, self._store))
 
     def _draw(self, spec: Spec, rng: np.random.Generator) -> list[dict[str, np.ndarray]]:
         size, longest = spec["batch"], spec["length"]
@@ -96,7 +98,8 @@ class Encode:
         )
 
     def _one(self) -> None:
-        self._params, value = self._step(self._params, self._store, next(self._turn))
+        batch = loop.put(next(self._turn), self._mesh)
+        self._params, value = self._step(self._params, self._store, batch)
         self._read()
         self._waiting.append(value)
 
