@@ -119,8 +119,7 @@ def train(
     )
     optimiser = make_optimiser(config.optim, steps=len(source))
     graphdef, state, shardings = create(task.build, optimiser, mesh, seed, fsdp=config.fsdp)
-    rest = with_pretrained(state.rest, pretrained or {}, shardings.rest)
-    state = replace(state, rest=rest)
+    state = replace(state, rest=with_pretrained(state.rest, pretrained or {}, shardings.rest))
     if start is not None:
         params, rest = jax.tree.map(jnp.copy, _parts(start))  # the step donates what it is given
         state = jax.device_put(replace(state, params=params, rest=rest), shardings)
@@ -128,7 +127,7 @@ def train(
     batches, waiting = iterate(source), Waiting()
     with checkpoint.Saver(directory, every=config.checkpoint_steps) as saver:
         state, past = saver.restore(state, batches)
-        jax.block_until_ready((state, constants))
+        jax.block_until_ready(state)
         curve = Curve(len(source), config.order.batch, past)
         with track(title, total=len(source) * config.order.batch, unit="examples") as advance:
             with jax.transfer_guard("disallow"):

@@ -190,3 +190,12 @@ def test_a_model_without_numeric_columns_is_saved_and_loaded(tmp_path: Path) -> 
     ):
         assert a.size > 0
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_a_step_on_cpu_is_done_when_its_call_returns():
+    """Or the next one would take temporaries of its own beside it."""
+    batch = loop.put({"x_BW": np.ones((2000, 2000), np.float32)}, make_mesh(MeshConfig()))
+    assert batch["x_BW"].is_ready()
+    product = jax.jit(lambda x: x @ x @ x @ x).lower(batch["x_BW"]).compile()
+    for _ in range(3):
+        assert product(batch["x_BW"]).is_ready()

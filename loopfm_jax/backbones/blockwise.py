@@ -15,8 +15,9 @@ from loopfm_jax.packing import BLOCK, Tokens
 from loopfm_jax.sharding import ALL
 
 ONE_BLOCK = 64 * BLOCK
-"""Slots up to which one device takes all at once, of several all together a share: nothing is
-computed again for the gradient, which is faster for some kilobytes of memory a slot."""
+"""Slots that one device takes at once, several all together as many over their number: nothing is
+computed again for the gradient, which is faster and takes memory (DIN of the BARS size: 11 KB a
+slot)."""
 LEAST = 512
 """Slots of a block below which its products slow down."""
 
