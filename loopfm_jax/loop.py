@@ -157,8 +157,9 @@ def create(
     graphdef, init = outline(build, optimiser)
     number = jnp.asarray(seed, jnp.uint32)
     shardings = sharding.for_state(mesh, jax.eval_shape(init, number), fsdp=fsdp)
-    state = jax.jit(init, out_shardings=shardings)(number)
-    return graphdef, jax.block_until_ready(state), shardings
+    state = jax.block_until_ready(jax.jit(init, out_shardings=shardings)(number))
+    memory.set_aside()
+    return graphdef, state, shardings
 
 
 def outline(

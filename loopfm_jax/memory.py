@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 
 MMAP_MAX, TRIM_THRESHOLD, ARENA_MAX = -4, -1, -8
+SET_ASIDE = 1 << 28
+"""Bytes; half of it was too little while a step is compiled."""
 GROUP = Path("/sys/fs/cgroup")
 """A container's limits: no such files outside one, `max` in them where nothing is limited."""
 
@@ -36,24 +38,49 @@ def keep_freed() -> None:
 def _want_large_pages() -> None:
     """For half of the machine's memory, as far as the heap comes to use it: a heap grows at its
     end, so a block that is taken, marked and freed at once marks what comes next."""
-    size, page = host_bytes() // 2, mmap.PAGESIZE
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt") or not hasattr(mmap, "MADV_HUGEPAGE"):
+    size, page, libc = host_bytes() // 2, mmap.PAGESIZE, _heap()
+    if libc is None or not hasattr(mmap, "MADV_HUGEPAGE"):
         return
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.free.argtypes = [ctypes.c_void_p]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     start = libc.malloc(size)  # an address, no memory yet; none where the system promises no more
     if start:
         libc.madvise(-(-start // page) * page, size - page, mmap.MADV_HUGEPAGE)
         libc.free(start)
 
 
+@cache
+def set_aside() -> None:
+    """Leaves a free block for small requests, after `keep_freed`, once what stays is there.
+
+    They are cut from the smallest free block that holds them. Without one it is that of the step
+    before, and where that has become too small for the next step the heap grows by as much (DIN of
+    the BARS size: 2.7 to 3.9 GiB).
+    """
+    libc = _heap()
+    if libc is None:
+        return
+    block, fence = libc.malloc(SET_ASIDE), libc.malloc(SET_ASIDE)
+    if fence:
+        libc.realloc(fence, 64)  # what is left of it keeps the block from the end of the heap
+    libc.free(block)
+
+
+@cache
+def _heap() -> ctypes.CDLL | None:
+    """The C library, if it is glibc."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return None
+    libc.malloc.restype = libc.realloc.restype = ctypes.c_void_p
+    libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+    libc.realloc.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc
+
+
 def _set_options(options: dict[int, int]) -> None:
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None:
+    if (libc := _heap()) is not None:
         for name, value in options.items():
-            set_option(name, value)
+            libc.mallopt(name, value)
 
 
 def host_bytes() -> int:

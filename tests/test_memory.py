@@ -1,4 +1,4 @@
-"""Freed memory stays in the process, in large pages."""
+"""Freed memory stays in the process, whole and in large pages."""
 
 import subprocess
 import sys
@@ -33,6 +33,36 @@ def test_a_large_block_is_not_mapped_anew():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, check=True)
     before, after = map(int, done.stdout.split())
     assert after < 0.05 * before
+
+
+CUT = """
+import sys
+from loopfm_jax.memory import keep_freed, resident_bytes, set_aside
+
+BLOCK = 400_000_000
+keep_freed()
+if "aside" in sys.argv:
+    set_aside()
+step = bytearray(BLOCK)
+kept = [bytearray(1_000_000)]  # behind it: it does not become the end of the heap
+del step
+kept += [bytearray(1_000_000) for _ in range(100)]
+before = resident_bytes()
+step = bytearray(BLOCK)
+print(resident_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone cuts so")
+def test_small_blocks_are_not_cut_from_the_one_that_a_step_leaves():
+    """What the second large block adds to resident memory: nothing, where it finds the first's."""
+
+    def grown(*how: str) -> int:
+        command = [sys.executable, "-c", CUT, *how]
+        return int(subprocess.run(command, capture_output=True, check=True).stdout)
+
+    assert grown() > 200_000_000
+    assert grown("aside") < 50_000_000
 
 
 LARGE = """
