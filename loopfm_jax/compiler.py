@@ -15,15 +15,14 @@ ASKED: dict[str, dict[str, Any]] = {
 """Platform -> options."""
 
 
-def options(mesh: Mesh | None = None, *, small_products: bool = False) -> dict[str, Any]:
+def options(mesh: Mesh | None = None) -> dict[str, Any]:
     """`compiler_options` of `jax.jit`.
 
     Args:
       mesh: of the step; default: the default device. Simulated devices, which share the cores,
         get XLA's defaults.
-      small_products: most of the step's time goes into those, which XLA's defaults suit better.
     """
-    if small_products or (mesh is not None and mesh.size > 1):
+    if mesh is not None and mesh.size > 1:
         return {}
     return dict(_known(mesh.devices.flat[0].platform if mesh else jax.default_backend()))
 

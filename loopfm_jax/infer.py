@@ -25,21 +25,13 @@ class Writer(Protocol):
     def __setitem__(self, rows: Any, values: np.ndarray, /) -> None: ...
 
 
-def make_step(
-    step: Step,
-    graphdef: Any,
-    mesh: Mesh,
-    *,
-    written: Written = "everywhere",
-    small_products: bool = False,
-) -> Any:
+def make_step(step: Step, graphdef: Any, mesh: Mesh, *, written: Written = "everywhere") -> Any:
     """The jitted (state, batch, constants) -> results.
 
     Args:
       graphdef: of the model.
       written: by every process, whose arrays are its own; or every row by that one process that
         has it, into files that all share.
-      small_products: of `compiler.options`.
     """
 
     def on_mesh(state: Any, batch: dict[str, jax.Array], constants: Any) -> dict[str, jax.Array]:
@@ -47,8 +39,7 @@ def make_step(
             return step(nnx.merge(graphdef, state), batch, constants)
 
     where = sharding.split(mesh, "examples" if written == "once" else None)
-    asked = compiler.options(mesh, small_products=small_products)
-    return jax.jit(on_mesh, out_shardings=where, compiler_options=asked)
+    return jax.jit(on_mesh, out_shardings=where, compiler_options=compiler.options(mesh))
 
 
 def run(

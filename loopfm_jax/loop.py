@@ -68,8 +68,6 @@ class Trainable(NamedTuple):
     build: Callable[[nnx.Rngs], nnx.Module]
     loss: Callable[[Any, dict[str, jax.Array], Any, jax.Array], tuple[jax.Array, Any]]
     """(model, batch, constants, key) -> mean loss, dict of scalars for the curve."""
-    small_products: bool = False
-    """What `compiler.options` wants to know."""
 
 
 class Trained(NamedTuple):
@@ -210,7 +208,7 @@ def make_step(
         step,
         donate_argnums=0,
         out_shardings=(shardings, None),
-        compiler_options=compiler.options(where.mesh, small_products=task.small_products),
+        compiler_options=compiler.options(where.mesh),
     )
 
 

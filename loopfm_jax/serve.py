@@ -111,7 +111,7 @@ def open_predictor(
     def compiled(size: int, share: float) -> Any:
         few = room(size, longest, share) <= LEAST  # of which YNNPACK's products are the faster
         filled = fill(examples, one, examples=size, share=share)
-        asked = compiler.options(mesh, small_products=few)
+        asked = {} if few else compiler.options(mesh)
         return step.lower(leaves, filled, past).compile(compiler_options=asked)
 
     shares = {size: shares_of(examples, size) for size in buckets}

@@ -17,11 +17,7 @@ def fresh():
 def test_steps_on_cpu_are_compiled_with_what_is_asked_for(fresh):
     asked = compiler.options(make_mesh(MeshConfig()))
     assert asked == compiler.options() == compiler.ASKED["cpu"]
-    assert (
-        compiler.options(small_products=True)
-        == compiler.options(make_mesh(MeshConfig(data=2)))
-        == {}
-    )
+    assert compiler.options(make_mesh(MeshConfig(data=2))) == {}
     x = jnp.ones((64, 64))
     by_default, as_asked = (
         jax.jit(lambda x: x @ x, compiler_options=o).lower(x).compile().as_text()

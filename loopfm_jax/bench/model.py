@@ -75,11 +75,7 @@ class Subject:
     @property
     def task(self) -> loop.Trainable:
         """Mean cross-entropy of the label."""
-        return loop.Trainable(
-            self.build,
-            partial(Student.loss, config=DistilConfig()),
-            small_products=self.examples.attends(self.config),
-        )
+        return loop.Trainable(self.build, partial(Student.loss, config=DistilConfig()))
 
     @property
     def rows(self) -> np.ndarray:

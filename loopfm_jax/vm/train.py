@@ -16,7 +16,7 @@ from loopfm_jax.data.batches import Seating
 from loopfm_jax.data.log import LogResidency
 from loopfm_jax.data.raw import Holdout, vm_windows
 from loopfm_jax.errors import UserError
-from loopfm_jax.history.encoders import POOLING, TIMED
+from loopfm_jax.history.encoders import TIMED
 from loopfm_jax.history.join import Join
 from loopfm_jax.history.keys import key_values
 from loopfm_jax.history.reader import Past, Reading, raw_fields
@@ -65,10 +65,6 @@ class Examples:
     def seating(self) -> Seating | None:
         """Of batches."""
         return self.join.seating if self.join else None
-
-    def attends(self, config: VMConfig) -> bool:
-        """Whether the encoder weighs entries, by many small products, and does not just add up."""
-        return self.join is not None and config.encoder.name not in POOLING
 
     def past(self, mesh: Mesh) -> Past:
         """What waits on the device."""
@@ -181,11 +177,7 @@ def train_vm(
     examples = examples.on(mesh)
     past = examples.past(mesh)
     trained = loop.train(
-        loop.Trainable(
-            _builder(examples, config),
-            partial(Student.loss, config=config.distil),
-            small_products=examples.attends(config),
-        ),
+        loop.Trainable(_builder(examples, config), partial(Student.loss, config=config.distil)),
         examples.inputs.rows(*vm_windows(holdout)),
         examples.batch,
         config=config.train,
@@ -199,7 +191,7 @@ def train_vm(
     )
     rows, told = examples.inputs.rows(holdout), f"{title} {holdout}"
     _write_prediction(
-        trained.model, examples, config, rows, past, mesh=mesh, directory=directory, title=told
+        trained.model, examples, rows, past, mesh=mesh, directory=directory, title=told
     )
     checkpoint.save_model(trained.model, directory)
     checkpoint.discard(directory)
@@ -213,7 +205,6 @@ def train_vm(
 def _write_prediction(
     model: nnx.Module,
     examples: Examples,
-    config: VMConfig,
     rows: np.ndarray,
     past: Past,
     *,
@@ -222,13 +213,7 @@ def _write_prediction(
     title: str,
 ) -> None:
     prediction = RowFile(directory / "prediction.npy", shape=(len(rows),), dtype=np.float32)
-    predict = infer.make_step(
-        _predict,
-        nnx.graphdef(model),
-        mesh,
-        written="once",
-        small_products=examples.attends(config),
-    )
+    predict = infer.make_step(_predict, nnx.graphdef(model), mesh, written="once")
     infer.run(
         model,
         predict,
