@@ -79,15 +79,14 @@ class Scores(nnx.Module):
         """The MLP's first layer of events that stand in so many slots; what does not depend on
         them is computed here, once for all blocks.
 
-        On one CPU device t is multiplied by example and looked up. An accelerator, where a product
-        costs less than a wide lookup, multiplies it token by token, and so do several devices,
-        which would send what they look up, [B,W], where now they send t.
+        On CPU t is multiplied by example and looked up. An accelerator, where a product costs less
+        than a wide lookup, multiplies it token by token.
         """
         if slots <= FEW:
             return Partial(_whole, self.mlp.layers[0], asked)
         kernel, bias_W = weights(self.mlp.layers[0])
         a_MW, b_MW, c_MW, d_MW = jnp.split(kernel, 4)
-        if asked.rectified or sharding.platform() != "cpu" or sharding.devices() > 1:
+        if asked.rectified or sharding.platform() != "cpu":
             kernel_XW = jnp.concatenate([b_MW - c_MW, d_MW, a_MW + c_MW]).astype(self.dtype)
             return Partial(_by_token, kernel_XW, bias_W.astype(self.dtype), asked)
         kernel_XW = jnp.concatenate([b_MW - c_MW, d_MW]).astype(self.dtype)

@@ -200,9 +200,10 @@ def grow(schema: Schema, rows: int) -> Schema:
 def devices(count: int, *, backbone: BackboneConfig = DIN, batch: int = 2048) -> Case:
     """One process with so many simulated devices on the same cores, tables split by rows over all,
     beside one device: what sharding costs, and nothing about how it scales. Devices that share
-    cores need threads of their own; one device given as many shows what those alone cost."""
+    cores need threads of their own, each one that may wait for the others and one more; one device
+    given as many shows what those alone cost."""
     backbone = replace(backbone, tables=replace(backbone.tables, row_multiple=128))
-    threads = {"NPROC": str(2 * count)}
+    threads = {"NPROC": str(count + 1)}
     split = threads | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
     return Case(
         name=f"tables/{count}-devices",
