@@ -1,7 +1,9 @@
 """Running a model once over rows, in order, results written as they come."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Literal, Protocol
 
 import jax
@@ -10,7 +12,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from loopfm_jax import compiler, memory, sharding
-from loopfm_jax.data.batches import Assemble, GlobalBatches, OrderConfig, Seating, iterate
+from loopfm_jax.data.batches import (
+    Assemble,
+    Batch,
+    GlobalBatches,
+    OrderConfig,
+    Seating,
+    iterate,
+)
 from loopfm_jax.loop import put
 from loopfm_jax.progress import track
 
@@ -42,6 +51,28 @@ def make_step(step: Step, graphdef: Any, mesh: Mesh, *, written: Written = "ever
     return jax.jit(on_mesh, out_shardings=where, compiler_options=compiler.options(mesh))
 
 
+def in_flight(answer: Callable[[Batch], Any], batches: Iterable[Batch], mesh: Mesh) -> Iterator:
+    """`answer` of every batch, in order, each one while others are on their way.
+
+    An accelerator works on a batch while the host reads the one before. On CPU a program runs in
+    the thread that asks (`loop`), and parts of it on one core: two threads ask. Several CPU devices
+    wait for each other within a program, and two programs might do so crosswise: one thread asks.
+    """
+    threads = 2 if mesh.size == 1 and mesh.devices.flat[0].platform == "cpu" else 1
+    asked, compiled = deque(), set()
+    with ThreadPoolExecutor(threads) as pool:
+        for batch in batches:
+            asked.append(pool.submit(answer, batch))
+            shapes = str(jax.tree.map(np.shape, batch))
+            if shapes not in compiled:
+                wait([asked[-1]])  # or the next batch would compile the same
+                compiled.add(shapes)
+            if len(asked) > threads:
+                yield asked.popleft().result()
+        while asked:
+            yield asked.popleft().result()
+
+
 def run(
     model: nnx.Module,
     program: Any,
@@ -57,8 +88,8 @@ def run(
 ) -> float:
     """Fills `writers[name][i]` with `program(...)[name]` for every row; returns examples/s.
 
-    One step is always in flight while the host writes the one before. The rate leaves out the
-    first batch, which compiles.
+    Some batches are in flight while the host writes the one before. The rate leaves out the first,
+    which compiles.
 
     Args:
       program: of `make_step`; the next pass over the same model's form may use it again.
@@ -70,28 +101,25 @@ def run(
     config = OrderConfig(batch=max(per_device, batch // per_device * per_device))
     parts = sharding.parts(mesh)
     source = GlobalBatches(rows, assemble, config=config, parts=parts, seating=seating)
-    waiting: list[tuple[int, dict[str, jax.Array]]] = []
-    started, done = time.monotonic(), 0
+    started, first = time.monotonic(), min(config.batch, len(rows))
 
-    def write() -> int:
-        step, values = waiting.pop(0)
+    def answer(batch: Batch) -> dict[str, dict[int, jax.Array]]:
+        values = program(state, put(batch, mesh), constants)
+        return {name: _own(value) for name, value in values.items()}
+
+    def write(step: int, values: Any) -> None:
         place_B = source.places(step)
-        for name, shards in jax.device_get({n: _own(value) for n, value in values.items()}).items():
+        for name, shards in jax.device_get(values).items():
             for offset, own in shards.items():
                 for at, low, high in runs(place_B[offset : offset + len(own)]):
                     writers[name][at : at + high - low] = own[low:high]
-        return min(config.batch, len(rows) - step * config.batch)
 
     with track(title, total=len(rows), unit="examples") as advance:
-        for n, host_batch in enumerate(iterate(source)):
-            waiting.append((n, program(state, put(host_batch, mesh), constants)))
-            if len(waiting) > 1:
-                count = write()
-                started, done = (time.monotonic(), 0) if n == 1 else (started, done + count)
+        for n, values in enumerate(in_flight(answer, iterate(source), mesh)):
+            write(n, values)
             advance(min(config.batch, len(rows) - n * config.batch))
-        while waiting:
-            done += write()
-    return done / (time.monotonic() - started) if len(source) > 1 else float("nan")
+            started = started if n else time.monotonic()
+    return (len(rows) - first) / (time.monotonic() - started) if len(source) > 1 else float("nan")
 
 
 def runs(place_B: np.ndarray) -> list[tuple[int, int, int]]:

@@ -62,14 +62,14 @@ class Predictor:
                 f"answer are {first} to {stop - 1}"
             )
         parts = [rows[at : at + largest] for at in range(0, len(rows), largest)]
-        found = [self.answer(self.examples.batch(part)) for part in parts]  # all in flight
+        found = [self.answer(self.examples.batch(part)) for part in parts]
         return np.concatenate(
             [np.asarray(p_B)[: len(part)] for p_B, part in zip(found, parts, strict=True)]
         )
 
     def answer(self, batch: Mapping[str, Any]) -> jax.Array:
         """A batch as `examples.batch` makes it, of at most the largest bucket -> its bucket's
-        probabilities, the batch's own first. Dispatched, not waited for."""
+        probabilities, the batch's own first. An accelerator's may still be on their way."""
         count = len(batch["label_B"])
         examples = next(size for size in self.buckets if size >= count)
         share = smallest_share(self.examples, batch, examples, self.shares[examples])

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import threading
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -72,3 +73,44 @@ def test_a_program_is_traced_once_for_all_passes_of_one_form():
         infer.run(model, program, rows, as_batch, {"x": found}, batch=2, mesh=mesh, title="")
         np.testing.assert_array_equal(found, by * rows)
     assert len(traced) == 1
+
+
+def batches(count: int) -> list[dict[str, np.ndarray]]:
+    return [{"row_B": np.full(2, n)} for n in range(count)]
+
+
+def test_two_batches_are_in_flight_on_one_cpu_device_and_their_results_in_order():
+    """Every odd batch but the first waits for the one after it."""
+    ended = [threading.Event() for _ in range(6)]
+
+    def answer(batch: dict[str, np.ndarray]) -> int:
+        n = int(batch["row_B"][0])
+        if n % 2 and n + 1 < len(ended):
+            assert ended[n + 1].wait(10)
+        ended[n].set()
+        return n
+
+    found = infer.in_flight(answer, batches(len(ended)), make_mesh(MeshConfig()))
+    assert list(found) == list(range(len(ended)))
+
+
+def test_programs_of_several_cpu_devices_are_asked_for_one_after_the_other():
+    mesh = make_mesh(MeshConfig(data=2))
+    threads = infer.in_flight(lambda batch: threading.get_ident(), batches(6), mesh)
+    assert len(set(threads)) == 1
+
+
+def test_a_batch_of_a_new_shape_compiles_alone():
+    running, most = [], [0, 0]
+
+    def answer(batch: dict[str, np.ndarray]) -> None:
+        running.append(batch)
+        new = batch["row_B"][0] in (0, 3)
+        most[new] = max(most[new], len(running))
+        threading.Event().wait(0.05)
+        running.pop()
+
+    asked = batches(6)
+    asked[3:] = [{"row_B": np.full(3, n)} for n in range(3, 6)]
+    list(infer.in_flight(answer, asked, make_mesh(MeshConfig())))
+    assert most == [2, 2]  # what was on its way when the second new one came, goes on

@@ -5,6 +5,7 @@ Training and inference assemble every host batch inside the timed loop, as `loop
 """
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -22,6 +23,7 @@ from loopfm_jax.bench.model import FOREVER, Subject, Taught, make_subject, save_
 from loopfm_jax.bench.protocol import Measured, Spec, timed, timed_each
 from loopfm_jax.data.batches import Batch, GlobalBatches, iterate
 from loopfm_jax.data.schema import Schema
+from loopfm_jax.infer import in_flight
 from loopfm_jax.optim import make_optimiser
 from loopfm_jax.packing import Parts
 from loopfm_jax.serve import open_predictor
@@ -148,32 +150,40 @@ class Predict:
 
 
 class Infer:
-    """Batches one after the other, one of them in flight while the host reads the one before."""
+    """Batches one after the other, as many in flight as in `infer.run`; all of a slice's end in
+    it."""
 
     def __init__(self, spec: Spec):
         self._predict = Predict(spec)
         self.facts = self._predict.facts
         self._batches = _batches(self._predict.subject, spec)
-        self._waiting: list[tuple[jax.Array, np.ndarray]] = []
-        self._losses: list[float] = []
 
     def run(self, *, seconds: float, steps: int) -> Measured:
-        batch = self._predict.subject.config.train.order.batch
-        found = timed(
-            self._one, self._read, seconds=seconds, steps=steps, examples=batch, losses=self._losses
+        subject, labels, losses = self._predict.subject, deque(), []
+
+        def asked(started: float) -> Iterator[Batch]:
+            count = 0
+            while count < max(steps, 1) or time.perf_counter() - started < seconds:
+                batch = next(self._batches)
+                labels.append(batch["label_B"])
+                count += 1
+                yield batch
+
+        def whole() -> None:
+            batches = asked(time.perf_counter())
+            for probability_B in in_flight(self._predict, batches, subject.mesh):
+                losses.append(entropy(np.asarray(probability_B), labels.popleft()))
+
+        found = timed(whole, lambda: None, seconds=0, steps=1, examples=0)
+        count = len(losses) * subject.config.train.order.batch
+        return replace(
+            found,
+            value=count / found.seconds,
+            steps=len(losses),
+            examples=count,
+            losses=tuple(losses),
+            more={"programs": self._predict.programs},
         )
-        return replace(found, more={"programs": self._predict.programs})
-
-    def _one(self) -> None:
-        batch = next(self._batches)
-        asked = self._predict(batch)
-        self._read()
-        self._waiting.append((asked, batch["label_B"]))
-
-    def _read(self) -> None:
-        while self._waiting:
-            probability_B, label_B = self._waiting.pop()
-            self._losses.append(entropy(np.asarray(jax.device_get(probability_B)), label_B))
 
 
 class Latency:
