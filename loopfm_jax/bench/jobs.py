@@ -150,8 +150,8 @@ class Predict:
 
 
 class Infer:
-    """Batches one after the other, as many in flight as in `infer.run`; all of a slice's end in
-    it."""
+    """Batches one after the other, as many in flight as in `infer.run`; all of a slice's end in it,
+    and it has two at least, or what is not timed would warm the memory of one."""
 
     def __init__(self, spec: Spec):
         self._predict = Predict(spec)
@@ -163,7 +163,7 @@ class Infer:
 
         def asked(started: float) -> Iterator[Batch]:
             count = 0
-            while count < max(steps, 1) or time.perf_counter() - started < seconds:
+            while count < max(steps, 2) or time.perf_counter() - started < seconds:
                 batch = next(self._batches)
                 labels.append(batch["label_B"])
                 count += 1
