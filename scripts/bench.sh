@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The standard benchmark beside FuxiCTR (19 to 26 minutes on 2 cores):  scripts/bench.sh [options]
+# The standard benchmark beside FuxiCTR (17 to 26 minutes on 2 cores):  scripts/bench.sh [options]
 # Writes benchmarks/<device>-<date>.json and .svg. The peer gets an environment of its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
