@@ -6,7 +6,7 @@ position in the data, so a resumed run ends bit-equal to one that was never inte
 
 On CPU a step runs in the thread that asks for it, if all that it reads is there already, for which
 who comes here waits: a step in flight beside it would be no faster, but hold its own temporaries
-(DIN of the BARS size: 5.4 GiB in place of 2.2).
+(benchmarks/LOG.md, 2026-11-30).
 """
 
 from collections.abc import Callable, Mapping

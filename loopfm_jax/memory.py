@@ -53,7 +53,7 @@ def set_aside() -> None:
 
     They are cut from the smallest free block that holds them. Without one it is that of the step
     before, and where that has become too small for the next step the heap grows by as much (DIN of
-    the BARS size: 2.7 to 3.9 GiB).
+    the BARS size, exact, in the bench: 2.5 to 3.8 GiB).
     """
     libc = _heap()
     if libc is None:

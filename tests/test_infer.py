@@ -3,6 +3,7 @@
 import itertools
 import math
 import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -100,17 +101,17 @@ def test_programs_of_several_cpu_devices_are_asked_for_one_after_the_other():
     assert len(set(threads)) == 1
 
 
-def test_a_batch_of_a_new_shape_compiles_alone():
-    running, most = [], [0, 0]
+def test_no_batch_is_drawn_while_one_of_a_new_shape_compiles():
+    """Its answer waits in vain for the next one."""
+    drawn = [threading.Event() for _ in range(7)]
 
-    def answer(batch: dict[str, np.ndarray]) -> None:
-        running.append(batch)
-        new = batch["row_B"][0] in (0, 3)
-        most[new] = max(most[new], len(running))
-        threading.Event().wait(0.05)
-        running.pop()
+    def asked() -> Iterator[dict[str, np.ndarray]]:
+        for n, size in enumerate((2, 2, 2, 3, 3, 3)):
+            drawn[n].set()
+            yield {"row_B": np.full(size, n)}
 
-    asked = batches(6)
-    asked[3:] = [{"row_B": np.full(3, n)} for n in range(3, 6)]
-    list(infer.in_flight(answer, asked, make_mesh(MeshConfig())))
-    assert most == [2, 2]  # what was on its way when the second new one came, goes on
+    def answer(batch: dict[str, np.ndarray]) -> bool:
+        return drawn[int(batch["row_B"][0]) + 1].wait(0.2)
+
+    found = list(infer.in_flight(answer, asked(), make_mesh(MeshConfig())))
+    assert (found[0], found[3]) == (False, False)

@@ -1,6 +1,5 @@
 """The row `export`: codes computed, stored and written, beside the forward pass alone."""
 
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +19,7 @@ from loopfm_jax.fm.exporter import ExportConfig, Exporter, code_width, log_batch
 from loopfm_jax.fm.teacher import FMConfig
 from loopfm_jax.fm.train import Lessons
 from loopfm_jax.history.codes import Codec
+from loopfm_jax.infer import in_flight
 from loopfm_jax.loop import put
 from loopfm_jax.rngs import Rngs
 from loopfm_jax.sharding import MeshConfig, make_mesh
@@ -68,7 +68,8 @@ class Export:
 
 
 class Forward:
-    """The same FM's predictions over the same batches, which wait on the device."""
+    """The same FM's predictions over the same batches, which wait on the device; as many in flight
+    as there."""
 
     def __init__(self, spec: Spec):
         memory.keep_freed()
@@ -81,7 +82,7 @@ class Forward:
             put(exporter.lessons.batch(rows[low : low + size], parts), exporter.mesh)
             for low in range(0, len(rows), size)
         ]
-        self._rows = len(rows)
+        self._rows, self._mesh = len(rows), exporter.mesh
 
         def step(state: Any, batch: Any, constants: Any) -> Any:
             return log_batch(nnx.merge(graphdef, state), batch, constants)["soft"]
@@ -89,13 +90,11 @@ class Forward:
         self._step = jax.jit(step, compiler_options=compiler.options(exporter.mesh))
 
     def run(self, *, seconds: float, steps: int) -> Measured:
-        waiting: list[Any] = []
+        def answer(batch: Any) -> Any:
+            return self._step(self._state, batch, self._constants)
 
         def over_all() -> None:
-            for batch in self._batches:
-                waiting.append(self._step(self._state, batch, self._constants))
-                if len(waiting) > 2:
-                    jax.block_until_ready(waiting.pop(0))
+            for soft_B in in_flight(answer, self._batches, self._mesh):
+                jax.block_until_ready(soft_B)
 
-        finish = partial(jax.block_until_ready, waiting)
-        return timed(over_all, finish, seconds=seconds, steps=steps, examples=self._rows)
+        return timed(over_all, lambda: None, seconds=seconds, steps=steps, examples=self._rows)

@@ -5,7 +5,6 @@ Training and inference assemble every host batch inside the timed loop, as `loop
 """
 
 import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -159,20 +158,22 @@ class Infer:
         self._batches = _batches(self._predict.subject, spec)
 
     def run(self, *, seconds: float, steps: int) -> Measured:
-        subject, labels, losses = self._predict.subject, deque(), []
+        subject, losses = self._predict.subject, []
 
         def asked(started: float) -> Iterator[Batch]:
-            count = 0
-            while count < max(steps, 2) or time.perf_counter() - started < seconds:
-                batch = next(self._batches)
-                labels.append(batch["label_B"])
-                count += 1
+            for count, batch in enumerate(self._batches):
                 yield batch
+                if count + 1 >= max(steps, 2) and time.perf_counter() - started >= seconds:
+                    return
+
+        def answer(batch: Batch) -> tuple[jax.Array, np.ndarray]:
+            return self._predict(batch), batch["label_B"]
 
         def whole() -> None:
-            batches = asked(time.perf_counter())
-            for probability_B in in_flight(self._predict, batches, subject.mesh):
-                losses.append(entropy(np.asarray(probability_B), labels.popleft()))
+            for probability_B, label_B in in_flight(
+                answer, asked(time.perf_counter()), subject.mesh
+            ):
+                losses.append(entropy(np.asarray(probability_B), label_B))
 
         found = timed(whole, lambda: None, seconds=0, steps=1, examples=0)
         count = len(losses) * subject.config.train.order.batch
