@@ -6,31 +6,33 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-ASKED: dict[str, dict[str, Any]] = {
-    "cpu": {
-        "xla_cpu_experimental_ynn_fusion_type": "",  # large products by Eigen, not by YNNPACK
-        "xla_cpu_prefer_vector_width": 512,
-    }
+VECTORS = {"xla_cpu_prefer_vector_width": 512}
+YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
+ASKED: dict[tuple[str, str], dict[str, Any]] = {
+    ("cpu", "float32"): VECTORS | {YNNPACK: ""},  # large products by Eigen
+    ("cpu", "bfloat16"): VECTORS | {YNNPACK: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"},
 }
-"""Platform -> options."""
+"""(platform, arithmetic of the large products) -> options."""
 
 
-def options(mesh: Mesh | None = None) -> dict[str, Any]:
+def options(mesh: Mesh | None = None, *, dtype: str = "float32") -> dict[str, Any]:
     """`compiler_options` of `jax.jit`.
 
     Args:
       mesh: of the step; default: the default device. Simulated devices, which share the cores,
         get XLA's defaults.
+      dtype: arithmetic of the large products.
     """
     if mesh is not None and mesh.size > 1:
         return {}
-    return dict(_known(mesh.devices.flat[0].platform if mesh else jax.default_backend()))
+    return dict(_known(mesh.devices.flat[0].platform if mesh else jax.default_backend(), dtype))
 
 
 @cache
-def _known(platform: str) -> dict[str, Any]:
+def _known(platform: str, dtype: str) -> dict[str, Any]:
     """Those that this jaxlib has: XLA promises none of them."""
-    return {name: value for name, value in ASKED.get(platform, {}).items() if _takes(name, value)}
+    asked = ASKED.get((platform, dtype), {})
+    return {name: value for name, value in asked.items() if _takes(name, value)}
 
 
 def _takes(name: str, value: Any) -> bool:

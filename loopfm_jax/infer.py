@@ -34,13 +34,21 @@ class Writer(Protocol):
     def __setitem__(self, rows: Any, values: np.ndarray, /) -> None: ...
 
 
-def make_step(step: Step, graphdef: Any, mesh: Mesh, *, written: Written = "everywhere") -> Any:
+def make_step(
+    step: Step,
+    graphdef: Any,
+    mesh: Mesh,
+    *,
+    written: Written = "everywhere",
+    dtype: str = "float32",
+) -> Any:
     """The jitted (state, batch, constants) -> results.
 
     Args:
       graphdef: of the model.
       written: by every process, whose arrays are its own; or every row by that one process that
         has it, into files that all share.
+      dtype: arithmetic of the model's large products, for the compiler.
     """
 
     def on_mesh(state: Any, batch: dict[str, jax.Array], constants: Any) -> dict[str, jax.Array]:
@@ -48,7 +56,8 @@ def make_step(step: Step, graphdef: Any, mesh: Mesh, *, written: Written = "ever
             return step(nnx.merge(graphdef, state), batch, constants)
 
     where = sharding.split(mesh, "examples" if written == "once" else None)
-    return jax.jit(on_mesh, out_shardings=where, compiler_options=compiler.options(mesh))
+    asked = compiler.options(mesh, dtype=dtype)
+    return jax.jit(on_mesh, out_shardings=where, compiler_options=asked)
 
 
 def in_flight(answer: Callable[[Batch], Any], batches: Iterable[Batch], mesh: Mesh) -> Iterator:

@@ -83,7 +83,8 @@ def open_predictor(
     """Compiles every program of `model` on one device.
 
     Args:
-      model: as `vm.train.load_vm` reads it.
+      model: as `vm.train.load_vm` reads it, with a configuration whose `train.dtype` may be another
+        than it was trained with: bfloat16 is faster where the processor multiplies it.
       examples: what it was trained on: the prepared log and, for methods that read them,
         histories, which stay in their memory maps.
 
@@ -111,7 +112,7 @@ def open_predictor(
     def compiled(size: int, share: float) -> Any:
         few = room(size, longest, share) <= LEAST  # of which YNNPACK's products are the faster
         filled = fill(examples, one, examples=size, share=share)
-        asked = {} if few else compiler.options(mesh)
+        asked = {} if few else compiler.options(mesh, dtype=model.dtype)
         return step.lower(leaves, filled, past).compile(compiler_options=asked)
 
     shares = {size: shares_of(examples, size) for size in buckets}

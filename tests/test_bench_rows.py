@@ -13,6 +13,9 @@ from loopfm_jax.bench.exporting import BATCHES
 from loopfm_jax.bench.feeding import COMPARED, content
 from loopfm_jax.bench.rows import (
     CASES,
+    EXACT,
+    EXACT_BF16,
+    ON_ACCELERATORS,
     LogSpec,
     choose,
     compress,
@@ -72,11 +75,11 @@ def test_the_encoder_row_counts_the_events_it_draws():
 
 
 def test_in_bf16_the_start_is_the_same_within_its_digits(tmp_path):
-    """On an accelerator only; what a CPU computes of it shows that the sides are told."""
+    """What a CPU computes of it shows that the sides are told."""
     case = bench_cases.TRAIN
-    assert [(s.mode, s.dtype, s.accelerator) for s in case.ours] == [
-        ("exact", "float32", False), ("fast", "float32", False),
-        ("exact", "bfloat16", True), ("fast", "bfloat16", True),
+    assert [(s.mode, s.dtype, s.where) for s in case.ours] == [
+        ("exact", "float32", "everywhere"), ("fast", "float32", "everywhere"),
+        ("exact", "bfloat16", "accelerator"), ("fast", "bfloat16", "accelerator"),
     ]  # fmt: skip
     wide, narrow = (
         started(replace(case, ours=(side,), peers=()), tmp_path)["loopfm"].run(seconds=0, steps=3)
@@ -84,6 +87,18 @@ def test_in_bf16_the_start_is_the_same_within_its_digits(tmp_path):
     )
     assert narrow.losses != wide.losses
     np.testing.assert_allclose(narrow.losses, wide.losses, rtol=1e-2)
+
+
+def test_sides_in_bf16_run_where_it_is_faster():
+    slow = {"platform": "cpu", "flops": 2e11, "flops_bfloat16": 1.9e11}
+    fast, gpu = {**slow, "flops_bfloat16": 4e11}, {**slow, "platform": "gpu"}
+    sides = {s.where: s for s in (EXACT, EXACT_BF16, *ON_ACCELERATORS)}
+    runs = {where: [side.runs(x) for x in (slow, fast, gpu)] for where, side in sides.items()}
+    assert runs == {
+        "everywhere": [True, True, True],
+        "bfloat16": [False, True, True],
+        "accelerator": [False, False, True],
+    }
 
 
 def test_tables_grow_in_all_fields_alike_and_learn_by_rows(tmp_path):

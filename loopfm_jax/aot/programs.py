@@ -100,7 +100,8 @@ def export(setting: Setting) -> Program:
     examples = setting.examples(config.export.batch)
     batch = setting.batch(_read_by_fm(setting), examples)
     codecs = {tap: setting.codec for tap in config.fm.taps}
-    step = infer.make_step(log_batch, graphdef, mesh, written="once")
+    dtype = config.fm.train.dtype
+    step = infer.make_step(log_batch, graphdef, mesh, written="once", dtype=dtype)
     lowered = step.lower(state, batch, (codecs, {}, None))
     held = _parts(state)
     return Program(lowered, held | {"batch": batch}, (held["dense"], batch), examples)
@@ -133,7 +134,7 @@ def _training(
     optimiser = make_optimiser(train.optim, steps=STEPS)
     graphdef, _, state = state_shapes(task, optimiser, mesh, fsdp=train.fsdp)
     where = jax.tree.map(lambda x: x.sharding, state)
-    step = loop.make_step(task, optimiser, graphdef, where)
+    step = loop.make_step(task, optimiser, graphdef, where, dtype=train.dtype)
     held = _parts(state.params) | {"optimiser": state.optimiser, "batch": batch}
     swept = held if train.optim.tables == "adam" else (held["dense"], state.optimiser.dense, batch)
     if past is not None:

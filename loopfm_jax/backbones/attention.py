@@ -24,6 +24,7 @@ from loopfm_jax import sharding
 from loopfm_jax.backbones.blockwise import by_block
 from loopfm_jax.backbones.config import BackboneConfig
 from loopfm_jax.backbones.layers import Dice, Key, Mlp, dense, dropout, split, weights, wide
+from loopfm_jax.backbones.product import product
 from loopfm_jax.packing import Tokens
 
 FEW = 64
@@ -87,9 +88,9 @@ class Scores(nnx.Module):
         kernel, bias_W = weights(self.mlp.layers[0])
         a_MW, b_MW, c_MW, d_MW = jnp.split(kernel, 4)
         if asked.rectified or sharding.platform() != "cpu":
-            kernel_XW = jnp.concatenate([b_MW - c_MW, d_MW, a_MW + c_MW]).astype(self.dtype)
+            kernel_XW = jnp.concatenate([b_MW - c_MW, d_MW, a_MW + c_MW])
             return Partial(_by_token, kernel_XW, bias_W.astype(self.dtype), asked)
-        kernel_XW = jnp.concatenate([b_MW - c_MW, d_MW]).astype(self.dtype)
+        kernel_XW = jnp.concatenate([b_MW - c_MW, d_MW])
         return Partial(_by_example, kernel_XW, bias_W, asked, asked.through(a_MW + c_MW))
 
     def score(self, tokens: Tokens, first: First, events_TM: jax.Array, *, key: Key) -> jax.Array:
@@ -150,20 +151,21 @@ def _by_token(
 ) -> jax.Array:
     query_TM = asked(tokens).astype(events_TM.dtype)
     seen_TX = jnp.concatenate([events_TM, query_TM * events_TM, query_TM], axis=1)
-    return seen_TX @ kernel_XW + bias_W[None]
+    return product(seen_TX, kernel_XW) + bias_W[None]
 
 
 def _by_example(
     kernel_XW: jax.Array,
     bias_W: jax.Array,
     asked: Asked,
-    product: Asked,
+    asked_W: Asked,
     tokens: Tokens,
     events_TM: jax.Array,
 ) -> jax.Array:
     query_TM = asked(tokens).astype(events_TM.dtype)
     seen_TX = jnp.concatenate([events_TM, query_TM * events_TM], axis=1)
-    return seen_TX @ kernel_XW + (product(tokens) + bias_W[None]).astype(events_TM.dtype)
+    own_TW = (asked_W(tokens) + bias_W[None]).astype(events_TM.dtype)
+    return product(seen_TX, kernel_XW) + own_TW
 
 
 def _after_dice(

@@ -22,6 +22,7 @@ from loopfm_jax.backbones.attention import Asked, Scores
 from loopfm_jax.backbones.behaviours import Seen, Weighed, Weighing
 from loopfm_jax.backbones.config import Spec
 from loopfm_jax.backbones.layers import Key, dense, weights, wide
+from loopfm_jax.backbones.product import product
 from loopfm_jax.data.schema import Behaviour
 from loopfm_jax.packing import Tokens
 
@@ -43,12 +44,11 @@ class Gru(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """attention: factor of the update gate (none: 1)."""
         kernel, bias_X = weights(self.state)
-        kernel = kernel.astype(self.dtype)
         update_T = jnp.where(tokens.real_T, 1.0 if attention_T is None else attention_T, 0)
 
         def step(h_BM: jax.Array, at: tuple[jax.Array, jax.Array]):
             from_x, update_B = at
-            from_h = wide(h_BM.astype(self.dtype) @ kernel) + bias_X[None]
+            from_h = wide(product(h_BM.astype(self.dtype), kernel)) + bias_X[None]
             (xu, xr, xn), (hu, hr, hn) = jnp.split(from_x, 3, axis=1), jnp.split(from_h, 3, axis=1)
             new_BM = jnp.tanh(xn + jax.nn.sigmoid(xr + hr) * hn)
             u_BM = jax.nn.sigmoid(xu + hu) * update_B[:, None]

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from loopfm_jax.backbones.product import Dense
 from loopfm_jax.errors import UserError, check_limits
 
 Activation = Literal["relu", "dice"]
@@ -51,7 +52,7 @@ def dense(
     Without a `dtype` it computes in its parameters' float32.
     """
     kernel_init = nnx.initializers.xavier_normal()
-    return nnx.Linear(
+    return Dense(
         width_in, width_out, use_bias=bias, dtype=dtype, kernel_init=kernel_init, rngs=rngs
     )
 

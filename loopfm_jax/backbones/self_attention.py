@@ -104,6 +104,9 @@ def in_blocks(
     """An example's entries stand side by side, newest first, and one sees at most L: a block of L
     slots sees itself and the next one of its part. So the scores are T * 2L and need no padding,
     whose [B,H,L,L] is mostly empty. A part of at most 2L slots is one block, which sees itself."""
+    dtype = qkv_TX.dtype
+    if sharding.platform() == "cpu":
+        qkv_TX = wide(qkv_TX)  # many small products gain nothing there from fewer bits
     (slots, width), window, parts = qkv_TX.shape, window or tokens.length, tokens.parts
     size, each = width // (3 * heads), slots // parts
     alone = each <= 2 * window
@@ -141,7 +144,7 @@ def in_blocks(
     weight_CHLS = dropout(weigh(product_CHLS, pairs), rate, key).astype(v.dtype)
     mixed_CHLD = jnp.einsum("CHLS,CHSD->CHLD", weight_CHLS, seen(v))
     mixed_PSHD = jnp.moveaxis(mixed_CHLD, 1, 2).reshape(parts, -1, heads, size)
-    return mixed_PSHD[:, :each].reshape(slots, heads, size)
+    return mixed_PSHD[:, :each].reshape(slots, heads, size).astype(dtype)
 
 
 def softmaxed(product_CHLS: jax.Array, pairs: Pairs, *, size: int) -> jax.Array:

@@ -25,7 +25,7 @@ class Bench:
     seconds: float
     peer: Path | None
     """Interpreter of the peer; None: not there, or not wanted."""
-    limits: Mapping[str, Any]
+    limits: Facts
     prepared: dict[Any, Facts] = field(default_factory=dict)
     ended: ExitStack = field(default_factory=ExitStack)
     """The sides of the last case, told to end: a second or two, in which the next ones import."""
@@ -90,8 +90,7 @@ def _start(case: Case, facts: Facts, bench: Bench, stack: ExitStack) -> list[Tim
     sides = [
         side
         for side in (*case.ours, *case.peers)
-        if (side.worker == "ours" or bench.peer)
-        and not (side.accelerator and bench.limits["platform"] == "cpu")
+        if (side.worker == "ours" or bench.peer) and side.runs(bench.limits)
     ]
     children = [stack.enter_context(_open(side, bench)) for side in sides]  # imports overlap
     bench.ended.close()

@@ -87,7 +87,8 @@ class Forward:
         def step(state: Any, batch: Any, constants: Any) -> Any:
             return log_batch(nnx.merge(graphdef, state), batch, constants)["soft"]
 
-        self._step = jax.jit(step, compiler_options=compiler.options(exporter.mesh))
+        asked = compiler.options(exporter.mesh, dtype=exporter.model.dtype)
+        self._step = jax.jit(step, compiler_options=asked)
 
     def run(self, *, seconds: float, steps: int) -> Measured:
         def answer(batch: Any) -> Any:

@@ -80,7 +80,8 @@ class Train:
         self.subject, self._state, self._batches = subject, state, _batches(subject, spec)
         self.ticks: list[float] = []
         """When the numbers of each step of the last run were read, by `time.perf_counter`."""
-        self._step = loop.make_step(subject.task, optimiser, graphdef, shardings)
+        dtype = subject.config.train.dtype
+        self._step = loop.make_step(subject.task, optimiser, graphdef, shardings, dtype=dtype)
         self._waiting: list[Any] = []
         self._losses: list[float] = []
 
@@ -136,7 +137,9 @@ class Predict:
         """How many were compiled."""
         del state  # the optimiser's part is not served
 
-        @partial(jax.jit, compiler_options=compiler.options(subject.mesh))
+        asked = compiler.options(subject.mesh, dtype=subject.config.train.dtype)
+
+        @partial(jax.jit, compiler_options=asked)
         def predict(state: Any, batch: Any, past: Any) -> jax.Array:
             self.programs += 1  # once per tracing
             return nnx.sigmoid(nnx.merge(graphdef, *state)(batch, past).logits_B)

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,14 +30,16 @@ def best(call: Callable[[], Any], *, repeats: int) -> float:
 
 
 def gemm_flops(sizes: list[int], *, repeats: int, dtype: str = "float32") -> float:
-    """FLOP/s of the fastest square product, compiled as steps are or by default."""
+    """FLOP/s of the fastest square product with a float32 result, compiled as steps are or by
+    default."""
 
     def rate(n: int, asked: dict[str, Any]) -> float:
-        multiply = jax.jit(lambda a, b: a @ b, compiler_options=asked)
+        product = partial(jnp.matmul, preferred_element_type=jnp.float32)
+        multiply = jax.jit(product, compiler_options=asked)
         a, b = (jax.random.normal(jax.random.key(i), (n, n), dtype) for i in range(2))
         return 2 * n**3 / best(lambda: multiply(a, b).block_until_ready(), repeats=repeats)
 
-    return max(rate(n, asked) for n in sizes for asked in ({}, compiler.options()))
+    return max(rate(n, asked) for n in sizes for asked in ({}, compiler.options(dtype=dtype)))
 
 
 def stream_bytes(count: int, *, repeats: int) -> float:
@@ -81,13 +84,11 @@ class Limits:
             "device": jax.devices()[0].device_kind,
             "platform": platform,
             "flops": gemm_flops(sizes, repeats=repeats, dtype=spec.get("dtype", "float32")),
+            "flops_bfloat16": gemm_flops(sizes, repeats=repeats, dtype="bfloat16"),
             "stream_bytes_s": stream_bytes(spec["stream"], repeats=repeats),
             "gather_rows_s": gather_rows(spec["rows"], width, spec["ids"], repeats=repeats),
             "gather_width": width,
         }
-        if platform != "cpu":
-            narrow = gemm_flops(sizes, repeats=repeats, dtype="bfloat16")
-            self.facts["flops_bfloat16"] = narrow
 
     def run(self, *, seconds: float, steps: int) -> Measured:
         return timed(lambda: None, lambda: None, seconds=0, steps=1, examples=0)

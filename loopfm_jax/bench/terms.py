@@ -11,6 +11,8 @@ from loopfm_jax.data.schema import Schema
 
 Facts = dict[str, Any]
 Mode = Literal["exact", "fast"]
+PAYS = 1.25
+"""Times float32's peak from which on products of bfloat16 are worth a row on CPU."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,19 @@ class Side:
     """On top of the case's."""
     env: Mapping[str, str] = field(default_factory=dict)
     dtype: str = "float32"
-    accelerator: bool = False
-    """Left out on CPU."""
+    where: Literal["everywhere", "accelerator", "bfloat16"] = "everywhere"
+    """Left out elsewhere; the last: on accelerators, and on CPUs that multiply bfloat16 faster."""
 
     @property
     def key(self) -> str:
         """One of a case's sides."""
         return f"{self.name} {self.mode} {self.dtype}"
+
+    def runs(self, limits: Facts) -> bool:
+        """On a machine with these limits."""
+        if self.where == "everywhere" or limits["platform"] != "cpu":
+            return True
+        return self.where == "bfloat16" and limits["flops_bfloat16"] > PAYS * limits["flops"]
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,9 @@ class Exporter:
         """Fills `codes_<tap>` and `soft` of `writers` for these rows; returns examples/s."""
         if written not in self.programs:
             form = nnx.graphdef(self.model)
-            self.programs[written] = infer.make_step(log_batch, form, self.mesh, written=written)
+            self.programs[written] = infer.make_step(
+                log_batch, form, self.mesh, written=written, dtype=self.model.dtype
+            )
         return infer.run(
             self.model,
             self.programs[written],

@@ -70,7 +70,8 @@ class Teacher(nnx.Module):
     ):
         self.taps = config.taps
         self.item, self.entity = schema.item, schema.entity
-        tables, dtype = config.backbone.tables, jnp.dtype(config.train.dtype)
+        tables, self.dtype = config.backbone.tables, config.train.dtype
+        dtype = jnp.dtype(self.dtype)
         self.readers = (
             Readers(reading, schema, config.encoder, tables, rngs=rngs) if reading else None
         )

@@ -80,7 +80,7 @@ def _programs(subject: Subject | Taught) -> tuple[Any, Any]:
     shardings = jax.tree.map(lambda x: x.sharding, state)
     seed = jnp.asarray(subject.seed, jnp.uint32)
     batch = loop.put(source_of(subject)[0], subject.mesh)
-    step = loop.make_step(subject.task, optimiser, graphdef, shardings)
+    step = loop.make_step(subject.task, optimiser, graphdef, shardings, dtype=train.dtype)
     drawing = jax.jit(init, out_shardings=shardings).lower(seed)
     return drawing, step.lower(state, batch, subject.past)
 

@@ -106,7 +106,7 @@ class Student(nnx.Module):
         )
         extra = (self.readers.fields if self.readers else 0) + encoder.fields * len(self.features)
         self.width = tables.width
-        dtype = jnp.dtype(config.train.dtype)
+        self.dtype, dtype = config.train.dtype, jnp.dtype(config.train.dtype)
         self.backbone = build(config.backbone, schema, extra_fields=extra, dtype=dtype, rngs=rngs)
         codecs = reading.codecs
         self.summaries = nnx.List(

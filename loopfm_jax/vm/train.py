@@ -190,6 +190,7 @@ def train_vm(
         title=title,
     )
     rows, told = examples.inputs.rows(holdout), f"{title} {holdout}"
+    assert isinstance(trained.model, Student)
     _write_prediction(
         trained.model, examples, rows, past, mesh=mesh, directory=directory, title=told
     )
@@ -203,7 +204,7 @@ def train_vm(
 
 
 def _write_prediction(
-    model: nnx.Module,
+    model: Student,
     examples: Examples,
     rows: np.ndarray,
     past: Past,
@@ -213,7 +214,8 @@ def _write_prediction(
     title: str,
 ) -> None:
     prediction = RowFile(directory / "prediction.npy", shape=(len(rows),), dtype=np.float32)
-    predict = infer.make_step(_predict, nnx.graphdef(model), mesh, written="once")
+    form = nnx.graphdef(model)
+    predict = infer.make_step(_predict, form, mesh, written="once", dtype=model.dtype)
     infer.run(
         model,
         predict,

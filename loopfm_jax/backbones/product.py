@@ -1,0 +1,86 @@
+"""Products of rows and kernels, in the arithmetic that a model asks for.
+
+Sums are in float32, results and gradients of rows in the rows' dtype, gradients of kernels in the
+kernels'. XLA does so by itself but for bfloat16 on CPU: where the result is bfloat16 too, which
+JAX's own gradients ask for, it multiplies at half of float32's speed, where it is float32 at up
+to twice that (AVX512-BF16; AMX: four times; benchmarks/LOG.md).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from loopfm_jax import sharding
+
+LARGE = 1 << 16
+"""Numbers of a kernel from which on its gradient pays for turning the rows in memory before."""
+
+
+def product(x: jax.Array, kernel_XW: jax.Array) -> jax.Array:
+    """`x @ kernel`, [..., X] -> [..., W]."""
+    if not _narrow(x.dtype):
+        return x @ kernel_XW.astype(x.dtype)
+    return _product(x.reshape(-1, x.shape[-1]), kernel_XW).reshape(*x.shape[:-1], -1)
+
+
+class Dense(nnx.Linear):
+    """`nnx.Linear` by `product`."""
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        if self.dtype is None or not _narrow(self.dtype):
+            return super().__call__(inputs, out_sharding)
+        result = product(inputs.astype(self.dtype), self.kernel[...])
+        return result if self.bias is None else _add(result, self.bias[...])
+
+
+def _narrow(dtype: DTypeLike) -> bool:
+    return dtype == jnp.bfloat16 and sharding.platform() == "cpu"
+
+
+def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+    """The sum over one axis of each, float32."""
+    axes = (((a_axis,), (b_axis,)), ((), ()))
+    return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def _product(x_TX: jax.Array, kernel_XW: jax.Array) -> jax.Array:
+    return _dot(x_TX, kernel_XW.astype(x_TX.dtype), 1, 0).astype(x_TX.dtype)
+
+
+def _product_forward(x_TX: jax.Array, kernel_XW: jax.Array) -> tuple[jax.Array, Any]:
+    return _product(x_TX, kernel_XW), (x_TX, kernel_XW)
+
+
+def _product_backward(kept: Any, g_TW: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_TX, kernel_XW = kept
+    to_x_TX = _dot(g_TW, kernel_XW.astype(g_TW.dtype), 1, 1).astype(g_TW.dtype)
+    if kernel_XW.size < LARGE:
+        return to_x_TX, _dot(x_TX, g_TW, 0, 0).astype(kernel_XW.dtype)
+    x_XT = jax.lax.optimization_barrier(x_TX.T)  # or XLA takes the turn back
+    return to_x_TX, _dot(x_XT, g_TW, 1, 0).astype(kernel_XW.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+@jax.custom_vjp
+def _add(x: jax.Array, bias_W: jax.Array) -> jax.Array:
+    return x + jnp.broadcast_to(bias_W.astype(x.dtype), x.shape)
+
+
+def _add_forward(x: jax.Array, bias_W: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _add(x, bias_W), bias_W
+
+
+def _add_backward(bias_W: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The bias' gradient is a product with ones: a sum of bfloat16 is not vectorised."""
+    g_TW = g.reshape(-1, g.shape[-1])
+    ones_1T = jnp.ones((1, len(g_TW)), g.dtype)
+    return g, _dot(ones_1T, g_TW, 1, 0)[0].astype(bias_W.dtype)
+
+
+_add.defvjp(_add_forward, _add_backward)

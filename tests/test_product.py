@@ -1,0 +1,75 @@
+"""Products in bfloat16 on CPU against numpy, in float64 of the same rounded numbers."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from loopfm_jax.backbones.product import LARGE, Dense, product
+
+ROUNDED = 2**-8
+"""Relative, of a number that becomes bfloat16."""
+SHAPES = [(40, 6, 5), (64, LARGE // 128, 128)]
+"""Rows, X, W: a kernel's gradient as it is, and by rows that are turned before."""
+
+
+def drawn(*shape, dtype=jnp.bfloat16, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def exact(x):
+    return np.asarray(x.astype(jnp.float32), np.float64)
+
+
+def affine(x, kernel, bias, seen):
+    layer = Dense(*kernel.shape, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    layer.kernel[...], layer.bias[...] = kernel, bias
+    return (layer(x) * seen).astype(jnp.float32).sum()
+
+
+@pytest.mark.parametrize(("rows", "x_width", "width"), SHAPES)
+def test_rows_keep_their_dtype_and_kernels_theirs(rows, x_width, width):
+    x, seen = drawn(rows, x_width), drawn(rows, width, seed=1)
+    kernel, bias = (drawn(*s, dtype=jnp.float32, seed=2) for s in ((x_width, width), (width,)))
+    found = product(x, kernel)
+    narrow = exact(kernel.astype(jnp.bfloat16))
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(exact(found), exact(x) @ narrow, rtol=ROUNDED, atol=1e-5)
+    to_x, to_kernel, to_bias = jax.grad(affine, argnums=(0, 1, 2))(x, kernel, bias, seen)
+    assert (to_x.dtype, to_kernel.dtype, to_bias.dtype) == (jnp.bfloat16, *2 * [jnp.float32])
+    np.testing.assert_allclose(exact(to_x), exact(seen) @ narrow.T, rtol=ROUNDED, atol=1e-5)
+    for got, want in ((to_kernel, exact(x).T @ exact(seen)), (to_bias, exact(seen).sum(axis=0))):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)  # sums in float32: not rounded
+
+
+def test_every_product_of_bfloat16_has_a_float32_result():
+    """Those that have not are slow, and JAX's own gradients ask for them."""
+    given = drawn(40, 6), drawn(6, 5, dtype=jnp.float32), jnp.ones(5), drawn(40, 5)
+
+    def kinds(f):
+        text = jax.jit(f).lower(*given).as_text()
+        return re.findall(r"dot_general.*\(tensor<\S+xbf16>.*-> tensor<\S+x(\w+)>", text)
+
+    assert kinds(jax.grad(affine, argnums=(0, 1, 2))) == 3 * ["f32"]
+    plain = jax.grad(lambda x, k, *_: (x @ k.astype(x.dtype)).astype(jnp.float32).sum(), (0, 1))
+    assert set(kinds(plain)) == {"bf16"}
+
+
+def test_leading_axes_and_a_layer_without_a_bias():
+    x, kernel = drawn(3, 4, 6), drawn(6, 5, dtype=jnp.float32)
+    layer = Dense(6, 5, use_bias=False, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    layer.kernel[...] = kernel
+    np.testing.assert_array_equal(
+        product(x, kernel).reshape(12, 5), product(x.reshape(12, 6), kernel)
+    )
+    np.testing.assert_array_equal(layer(x), product(x, kernel))
+
+
+def test_in_float32_a_product_is_what_it_always_is():
+    x, kernel = drawn(40, 6, dtype=jnp.float32), drawn(6, 5, dtype=jnp.float32)
+    layer, usual = (kind(6, 5, rngs=nnx.Rngs(0)) for kind in (Dense, nnx.Linear))
+    np.testing.assert_array_equal(product(x, kernel), x @ kernel)
+    np.testing.assert_array_equal(layer(x), usual(x))
