@@ -50,6 +50,15 @@ def test_any_number_of_rows_gets_the_predictions_of_training(flow, predictor, co
     np.testing.assert_allclose(found, expected[some], rtol=2e-5)
 
 
+def test_what_was_trained_in_float32_answers_in_bfloat16(flow, predictor):
+    examples, rows = predictor.examples, predictor.examples.inputs.rows("test")[:64]
+    narrow = replace(flow.config.vm, train=replace(flow.config.vm.train, dtype="bfloat16"))
+    model = load_vm(examples, narrow, flow.vm("kd+loopfm", 0), make_mesh(MeshConfig()))
+    found, wanted = (p(rows) for p in (open_predictor(model, examples, buckets=(64,)), predictor))
+    assert found.dtype == np.float32 and (found != wanted).any()
+    np.testing.assert_allclose(found, wanted, rtol=0.02)
+
+
 def test_no_request_compiles(predictor):
     compiled = []
 
