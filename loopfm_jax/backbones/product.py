@@ -1,11 +1,12 @@
-"""Products of rows and kernels, in the arithmetic that a model asks for.
+"""Products of rows and kernels, whose bfloat16 on CPU needs care.
 
-Sums are in float32, results and gradients of rows in the rows' dtype, gradients of kernels in the
-kernels'. XLA does so by itself but for bfloat16 on CPU: where the result is bfloat16 too, which
-JAX's own gradients ask for, it multiplies at half of float32's speed, where it is float32 at up
-to twice that (AVX512-BF16; AMX: four times; benchmarks/LOG.md).
+XLA has two kinds there: with a float32 result at up to twice float32's speed where the processor
+multiplies bfloat16 (AVX512-BF16; AMX: three times), with a bfloat16 result at half of it. Flax and
+JAX's own gradients ask for the latter, these for the former (benchmarks/LOG.md). Results and
+gradients of rows have the rows' dtype, gradients of kernels the kernels'.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ from jax.typing import DTypeLike
 
 from loopfm_jax import sharding
 
+FEW = 64
+"""Rows for which a kernel in fewer bits is not worth making: multiplied in float32."""
 LARGE = 1 << 16
 """Numbers of a kernel from which on its gradient pays for turning the rows in memory before."""
 
@@ -23,7 +26,10 @@ def product(x: jax.Array, kernel_XW: jax.Array) -> jax.Array:
     """`x @ kernel`, [..., X] -> [..., W]."""
     if not _narrow(x.dtype):
         return x @ kernel_XW.astype(x.dtype)
-    return _product(x.reshape(-1, x.shape[-1]), kernel_XW).reshape(*x.shape[:-1], -1)
+    rows = math.prod(x.shape[:-1])
+    if rows <= FEW:
+        return (x.astype(jnp.float32) @ kernel_XW).astype(x.dtype)
+    return _product(x.reshape(rows, -1), kernel_XW).reshape(*x.shape[:-1], -1)
 
 
 class Dense(nnx.Linear):
