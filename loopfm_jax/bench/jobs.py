@@ -152,21 +152,24 @@ class Predict:
 
 
 class Infer:
-    """Batches one after the other, as many in flight as in `infer.run`; all of a slice's end in it,
-    and it has two at least, or what is not timed would warm the memory of one."""
+    """Batches one after the other, as many in flight as in `infer.run`; all of a slice's end in it.
+    It has two at least, and the first eight: so long the memory of those in flight grows."""
 
     def __init__(self, spec: Spec):
         self._predict = Predict(spec)
         self.facts = self._predict.facts
         self._batches = _batches(self._predict.subject, spec)
+        self._least = 8
 
     def run(self, *, seconds: float, steps: int) -> Measured:
         subject, losses = self._predict.subject, []
 
+        least = max(steps, self._least)
+
         def asked(started: float) -> Iterator[Batch]:
-            for count, batch in enumerate(self._batches):
+            for count, batch in enumerate(self._batches, start=1):
                 yield batch
-                if count + 1 >= max(steps, 2) and time.perf_counter() - started >= seconds:
+                if count >= least and time.perf_counter() - started >= seconds:
                     return
 
         def answer(batch: Batch) -> tuple[jax.Array, np.ndarray]:
@@ -179,7 +182,7 @@ class Infer:
                 losses.append(entropy(np.asarray(probability_B), label_B))
 
         found = timed(whole, lambda: None, seconds=0, steps=1, examples=0)
-        count = len(losses) * subject.config.train.order.batch
+        self._least, count = 2, len(losses) * subject.config.train.order.batch
         return replace(
             found,
             value=count / found.seconds,

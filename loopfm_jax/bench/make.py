@@ -93,7 +93,7 @@ def _run(case: Case, bench: Bench) -> list[dict[str, Any]]:
         beside = f", {result['ratio']:.2f}x {result['peer']}" if result["peer"] else ""
         value = f"{report.number(result['value'])} {case.unit}"
         took_s = time.monotonic() - started
-        say(f"{result['name']} {result['mode']}: {value}{beside} ({took_s:.0f} s)")
+        say(f"{result['name']} {report.how(result)}: {value}{beside} ({took_s:.0f} s)")
     return found
 
 
