@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, Protocol
 
 import jax
@@ -60,23 +60,18 @@ def make_step(
     return jax.jit(on_mesh, out_shardings=where, compiler_options=asked)
 
 
-def in_flight(answer: Callable[[Batch], Any], batches: Iterable[Batch], mesh: Mesh) -> Iterator:
-    """`answer` of every batch, in order, each one while others are on their way.
+def in_flight(answer: Callable[[Batch], Any], batches: Iterable[Batch]) -> Iterator:
+    """`answer` of every batch, in order, by a thread that goes on to the next one meanwhile.
 
     An accelerator works on a batch while the host reads the one before. On CPU a program runs in
-    the thread that asks (`loop`), and parts of it on one core: two threads ask. Several CPU devices
-    wait for each other within a program, and two programs might do so crosswise: one thread asks.
+    the thread that asks (`loop`), beside what the host does. A second one there brought DMIN a
+    twentieth to a tenth, DIN nothing, and by chance two more GiB of heap (benchmarks/LOG.md).
     """
-    threads = 2 if mesh.size == 1 and mesh.devices.flat[0].platform == "cpu" else 1
-    asked, compiled = deque(), set()
-    with ThreadPoolExecutor(threads) as pool:
+    asked = deque()
+    with ThreadPoolExecutor(1) as pool:
         for batch in batches:
             asked.append(pool.submit(answer, batch))
-            shapes = str(jax.tree.map(np.shape, batch))
-            if shapes not in compiled:
-                wait([asked[-1]])  # or the next batch would compile the same
-                compiled.add(shapes)
-            if len(asked) > threads:
+            if len(asked) > 1:
                 yield asked.popleft().result()
         while asked:
             yield asked.popleft().result()
@@ -97,8 +92,8 @@ def run(
 ) -> float:
     """Fills `writers[name][i]` with `program(...)[name]` for every row; returns examples/s.
 
-    Some batches are in flight while the host writes the one before. The rate leaves out the first,
-    which compiles.
+    A batch is in flight while the host writes the one before. The rate leaves out the first, which
+    compiles.
 
     Args:
       program: of `make_step`; the next pass over the same model's form may use it again.
@@ -124,7 +119,7 @@ def run(
                     writers[name][at : at + high - low] = own[low:high]
 
     with track(title, total=len(rows), unit="examples") as advance:
-        for n, values in enumerate(in_flight(answer, iterate(source), mesh)):
+        for n, values in enumerate(in_flight(answer, iterate(source))):
             write(n, values)
             advance(min(config.batch, len(rows) - n * config.batch))
             started = started if n else time.monotonic()

@@ -17,6 +17,7 @@ from backbone_cases import (
     E,
     K,
     L,
+    Model,
     all_finite,
     flat,
     make_features,
@@ -28,7 +29,7 @@ from backbone_cases import (
 from flax import nnx
 from packed import pack_batch
 
-from loopfm_jax.backbones import BACKBONES, BackboneConfig, build
+from loopfm_jax.backbones import BACKBONES, BackboneConfig, build, product
 from loopfm_jax.backbones.config import SEQUENCE_BACKBONES, BackboneName
 from loopfm_jax.data.schema import Behaviour
 from loopfm_jax.errors import UserError
@@ -179,6 +180,21 @@ def test_bfloat16_stays_close(case):
     want, got = model(case).logits(features), model(case, jnp.bfloat16).logits(features)
     assert got.dtype == np.float32 and (got != want).any() == (case != "fm2")
     np.testing.assert_allclose(got, want, atol=0.1 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("case", ["din", "dien", "dmin", "wukong_remat", "hstu"])
+def test_gradients_in_bfloat16_stay_close(case, monkeypatch):
+    """Also where kernels are applied to more rows than here, and are larger."""
+    monkeypatch.setattr(product, "FEW", 0)
+    monkeypatch.setattr(product, "LARGE", 0)
+    want, got = (
+        flat(m.train(m.params, make_features(), make_key(0))[0])
+        for m in (model(case), Model(case, jnp.bfloat16))
+    )
+    assert {x.dtype for x in got.values()} == {np.dtype("float32")}
+    every = [np.concatenate([x.ravel() for x in tree.values()]) for tree in (want, got)]
+    apart = np.linalg.norm(every[0] - every[1]) / np.linalg.norm(every[0])
+    assert 0 < apart < 0.05
 
 
 DEEP = [name for name in BACKBONES if name not in ("fm2", "fmfm")]

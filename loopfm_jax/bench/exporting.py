@@ -82,7 +82,7 @@ class Forward:
             put(exporter.lessons.batch(rows[low : low + size], parts), exporter.mesh)
             for low in range(0, len(rows), size)
         ]
-        self._rows, self._mesh = len(rows), exporter.mesh
+        self._rows = len(rows)
 
         def step(state: Any, batch: Any, constants: Any) -> Any:
             return log_batch(nnx.merge(graphdef, state), batch, constants)["soft"]
@@ -95,7 +95,7 @@ class Forward:
             return self._step(self._state, batch, self._constants)
 
         def over_all() -> None:
-            for soft_B in in_flight(answer, self._batches, self._mesh):
+            for soft_B in in_flight(answer, self._batches):
                 jax.block_until_ready(soft_B)
 
         return timed(over_all, lambda: None, seconds=seconds, steps=steps, examples=self._rows)

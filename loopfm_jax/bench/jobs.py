@@ -152,37 +152,31 @@ class Predict:
 
 
 class Infer:
-    """Batches one after the other, as many in flight as in `infer.run`; all of a slice's end in it.
-    It has two at least, and the first eight: so long the memory of those in flight grows."""
+    """Batches one after the other, as `infer.run` asks for them; all of a slice's end in it."""
 
     def __init__(self, spec: Spec):
         self._predict = Predict(spec)
         self.facts = self._predict.facts
         self._batches = _batches(self._predict.subject, spec)
-        self._least = 8
 
     def run(self, *, seconds: float, steps: int) -> Measured:
         subject, losses = self._predict.subject, []
 
-        least = max(steps, self._least)
-
         def asked(started: float) -> Iterator[Batch]:
             for count, batch in enumerate(self._batches, start=1):
                 yield batch
-                if count >= least and time.perf_counter() - started >= seconds:
+                if count >= steps and time.perf_counter() - started >= seconds:
                     return
 
         def answer(batch: Batch) -> tuple[jax.Array, np.ndarray]:
             return self._predict(batch), batch["label_B"]
 
         def whole() -> None:
-            for probability_B, label_B in in_flight(
-                answer, asked(time.perf_counter()), subject.mesh
-            ):
+            for probability_B, label_B in in_flight(answer, asked(time.perf_counter())):
                 losses.append(entropy(np.asarray(probability_B), label_B))
 
         found = timed(whole, lambda: None, seconds=0, steps=1, examples=0)
-        self._least, count = 2, len(losses) * subject.config.train.order.batch
+        count = len(losses) * subject.config.train.order.batch
         return replace(
             found,
             value=count / found.seconds,
