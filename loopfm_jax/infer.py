@@ -34,29 +34,22 @@ class Writer(Protocol):
     def __setitem__(self, rows: Any, values: np.ndarray, /) -> None: ...
 
 
-def make_step(
-    step: Step,
-    graphdef: Any,
-    mesh: Mesh,
-    *,
-    written: Written = "everywhere",
-    dtype: str = "float32",
-) -> Any:
+def make_step(step: Step, model: Any, mesh: Mesh, *, written: Written = "everywhere") -> Any:
     """The jitted (state, batch, constants) -> results.
 
     Args:
-      graphdef: of the model.
+      model: whose form is run, in the arithmetic of its `dtype`; every call brings a state.
       written: by every process, whose arrays are its own; or every row by that one process that
         has it, into files that all share.
-      dtype: arithmetic of the model's large products, for the compiler.
     """
+    graphdef = nnx.graphdef(model)
 
     def on_mesh(state: Any, batch: dict[str, jax.Array], constants: Any) -> dict[str, jax.Array]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return step(nnx.merge(graphdef, state), batch, constants)
 
     where = sharding.split(mesh, "examples" if written == "once" else None)
-    asked = compiler.options(mesh, dtype=dtype)
+    asked = compiler.options(mesh, dtype=model.dtype)
     return jax.jit(on_mesh, out_shardings=where, compiler_options=asked)
 
 
@@ -64,8 +57,8 @@ def in_flight(answer: Callable[[Batch], Any], batches: Iterable[Batch]) -> Itera
     """`answer` of every batch, in order, by a thread that goes on to the next one meanwhile.
 
     An accelerator works on a batch while the host reads the one before. On CPU a program runs in
-    the thread that asks (`loop`), beside what the host does. A second one there brought DMIN a
-    twentieth to a tenth, DIN nothing, and by chance two more GiB of heap (benchmarks/LOG.md).
+    the thread that asks (`loop`), beside what the host does. A second one there brought little, and
+    a heap that grew by chance (benchmarks/LOG.md).
     """
     asked = deque()
     with ThreadPoolExecutor(1) as pool:

@@ -52,8 +52,8 @@ def set_aside() -> None:
     """Leaves a free block for small requests, after `keep_freed`, once what stays is there.
 
     They are cut from the smallest free block that holds them. Without one it is that of the step
-    before, and where that has become too small for the next step the heap grows by as much (DIN of
-    the BARS size, exact, in the bench: 2.5 to 3.8 GiB).
+    before, and where that has become too small for the next step the heap grows by as much
+    (benchmarks/LOG.md).
     """
     libc = _heap()
     if libc is None:

@@ -15,6 +15,8 @@ from loopfm_jax.sharding import MeshConfig, make_mesh
 
 
 class Scale(nnx.Module):
+    dtype = "float32"
+
     def __init__(self):
         self.by = nnx.Param(jnp.full((), 3.0))
 
@@ -27,7 +29,7 @@ def run(rows: np.ndarray, *, batch: int) -> tuple[np.ndarray, float]:
     found, model, mesh = np.full(len(rows), -1.0), Scale(), make_mesh(MeshConfig())
     step = infer.make_step(
         lambda model, batch, constants: {"x": model.by[...] * batch["row_B"] + constants},
-        nnx.graphdef(model),
+        model,
         mesh,
     )
     rate = infer.run(
@@ -66,7 +68,7 @@ def test_a_program_is_traced_once_for_all_passes_of_one_form():
         return {"x": model.by[...] * batch["row_B"]}
 
     model, mesh = Scale(), make_mesh(MeshConfig())
-    program = infer.make_step(step, nnx.graphdef(model), mesh)
+    program = infer.make_step(step, model, mesh)
     for by in (3.0, 4.0):
         model.by.set_value(jnp.full((), by))
         found, rows = np.zeros(4), np.arange(4)

@@ -152,7 +152,7 @@ def test_predictions_come_back_in_the_order_of_rows(tmp_path):
             model,
             infer.make_step(
                 lambda model, batch, past: {"prediction": model(batch, past).logits_B},
-                graphdef,
+                model,
                 subject.mesh,
             ),
             subject.rows[:150],

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from loopfm_jax.backbones.product import FEW, LARGE, Dense, product
+from loopfm_jax.backbones.product import IN_FLOAT32, TURNED, Dense, product
 
 ROUNDED = 2**-8
 """Relative, of a number that becomes bfloat16."""
-SHAPES = [(80, 6, 5), (80, LARGE // 128, 128), (FEW, 6, 5)]
+SHAPES = [(80, 6, 5), (80, TURNED // 128, 128), (IN_FLOAT32, 6, 5)]
 """Rows, X, W: a kernel's gradient as it is, by rows that are turned before, and of few rows."""
 
 
@@ -35,7 +35,7 @@ def test_rows_keep_their_dtype_and_kernels_theirs(rows, x_width, width):
     x, seen = drawn(rows, x_width), drawn(rows, width, seed=1)
     kernel, bias = (drawn(*s, dtype=jnp.float32, seed=2) for s in ((x_width, width), (width,)))
     found = product(x, kernel)
-    narrow = exact(kernel if rows <= FEW else kernel.astype(jnp.bfloat16))
+    narrow = exact(kernel if rows <= IN_FLOAT32 else kernel.astype(jnp.bfloat16))
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(exact(found), exact(x) @ narrow, rtol=ROUNDED, atol=1e-5)
     to_x, to_kernel, to_bias = jax.grad(affine, argnums=(0, 1, 2))(x, kernel, bias, seen)

@@ -94,14 +94,12 @@ def export(setting: Setting) -> Program:
     """Batch -> stored bytes, as `export` runs it."""
     config, mesh = setting.config, setting.mesh
     model = nnx.eval_shape(lambda: _teacher(setting)(Rngs(0)))
-    graphdef, state = nnx.split(model)
-    plain = nnx.to_pure_dict(state)
+    plain = nnx.to_pure_dict(nnx.state(model))
     state = shapes.place(plain, sharding.for_state(mesh, plain))
     examples = setting.examples(config.export.batch)
     batch = setting.batch(_read_by_fm(setting), examples)
     codecs = {tap: setting.codec for tap in config.fm.taps}
-    dtype = config.fm.train.dtype
-    step = infer.make_step(log_batch, graphdef, mesh, written="once", dtype=dtype)
+    step = infer.make_step(log_batch, model, mesh, written="once")
     lowered = step.lower(state, batch, (codecs, {}, None))
     held = _parts(state)
     return Program(lowered, held | {"batch": batch}, (held["dense"], batch), examples)

@@ -44,6 +44,7 @@ class Gru(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """attention: factor of the update gate (none: 1)."""
         kernel, bias_X = weights(self.state)
+        kernel = kernel.astype(self.dtype)  # once, not at every event
         update_T = jnp.where(tokens.real_T, 1.0 if attention_T is None else attention_T, 0)
 
         def step(h_BM: jax.Array, at: tuple[jax.Array, jax.Array]):

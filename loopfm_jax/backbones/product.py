@@ -1,9 +1,9 @@
 """Products of rows and kernels, whose bfloat16 on CPU needs care.
 
-XLA has two kinds there: with a float32 result at up to twice float32's speed where the processor
-multiplies bfloat16 (AVX512-BF16; AMX: three times), with a bfloat16 result at half of it. Flax and
-JAX's own gradients ask for the latter, these for the former (benchmarks/LOG.md). Results and
-gradients of rows have the rows' dtype, gradients of kernels the kernels'.
+XLA has two kinds there: those with a float32 result are faster than float32's where the processor
+multiplies bfloat16 (AVX512-BF16, AMX), those with a bfloat16 result slower. Flax and JAX's own
+gradients ask for the latter, these for the former (benchmarks/LOG.md). Results and gradients of
+rows have the rows' dtype, gradients of kernels the kernels'.
 """
 
 import math
@@ -16,9 +16,9 @@ from jax.typing import DTypeLike
 
 from loopfm_jax import sharding
 
-FEW = 64
-"""Rows for which a kernel in fewer bits is not worth making: multiplied in float32."""
-LARGE = 1 << 16
+IN_FLOAT32 = 64
+"""Up to so many rows are multiplied in float32: a kernel in fewer bits is not worth making."""
+TURNED = 1 << 16
 """Numbers of a kernel from which on its gradient pays for turning the rows in memory before."""
 
 
@@ -27,7 +27,7 @@ def product(x: jax.Array, kernel_XW: jax.Array) -> jax.Array:
     if not _narrow(x.dtype):
         return x @ kernel_XW.astype(x.dtype)
     rows = math.prod(x.shape[:-1])
-    if rows <= FEW:
+    if rows <= IN_FLOAT32:
         return (x.astype(jnp.float32) @ kernel_XW).astype(x.dtype)
     return _product(x.reshape(rows, -1), kernel_XW).reshape(*x.shape[:-1], -1)
 
@@ -64,7 +64,7 @@ def _product_forward(x_TX: jax.Array, kernel_XW: jax.Array) -> tuple[jax.Array, 
 def _product_backward(kept: Any, g_TW: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_TX, kernel_XW = kept
     to_x_TX = _dot(g_TW, kernel_XW.astype(g_TW.dtype), 1, 1).astype(g_TW.dtype)
-    if kernel_XW.size < LARGE:
+    if kernel_XW.size < TURNED:
         return to_x_TX, _dot(x_TX, g_TW, 0, 0).astype(kernel_XW.dtype)
     x_XT = jax.lax.optimization_barrier(x_TX.T)  # or XLA takes the turn back
     return to_x_TX, _dot(x_XT, g_TW, 1, 0).astype(kernel_XW.dtype)

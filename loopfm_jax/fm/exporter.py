@@ -82,10 +82,8 @@ class Exporter:
     ) -> float:
         """Fills `codes_<tap>` and `soft` of `writers` for these rows; returns examples/s."""
         if written not in self.programs:
-            form = nnx.graphdef(self.model)
-            self.programs[written] = infer.make_step(
-                log_batch, form, self.mesh, written=written, dtype=self.model.dtype
-            )
+            made = infer.make_step(log_batch, self.model, self.mesh, written=written)
+            self.programs[written] = made
         return infer.run(
             self.model,
             self.programs[written],
@@ -202,7 +200,7 @@ def _survey(
     title = "codes of the FM window"
     infer.run(
         model,
-        infer.make_step(step, nnx.graphdef(model), mesh),
+        infer.make_step(step, model, mesh),
         rows,
         lessons.batch,
         found,

@@ -146,7 +146,7 @@ def fit_projections(
     found = {tap: np.zeros((len(rows), c.inputs), np.float32) for tap, c in compressors.items()}
     infer.run(
         model,
-        infer.make_step(step, nnx.graphdef(model), mesh),
+        infer.make_step(step, model, mesh),
         rows,
         lessons.batch,
         found,

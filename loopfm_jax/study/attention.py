@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from loopfm_jax import infer
@@ -99,7 +98,7 @@ def attend(model: Student, examples: Examples, *, holdout: str, mesh: Mesh) -> A
     if len(rows):
         infer.run(
             model,
-            infer.make_step(step, nnx.graphdef(model), mesh),
+            infer.make_step(step, model, mesh),
             rows,
             examples.batch,
             {"weight": weight_NL},

@@ -214,8 +214,7 @@ def _write_prediction(
     title: str,
 ) -> None:
     prediction = RowFile(directory / "prediction.npy", shape=(len(rows),), dtype=np.float32)
-    form = nnx.graphdef(model)
-    predict = infer.make_step(_predict, form, mesh, written="once", dtype=model.dtype)
+    predict = infer.make_step(_predict, model, mesh, written="once")
     infer.run(
         model,
         predict,
