@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Literal, Protocol
 
 import jax
@@ -26,6 +26,8 @@ from loopfm_jax.progress import track
 Step = Callable[[Any, dict[str, jax.Array], Any], dict[str, jax.Array]]
 """(model, batch, constants) -> results by name, each with a row per example."""
 Written = Literal["everywhere", "once"]
+HALVED = 4096
+"""Examples from which on one CPU device answers a batch as two halves."""
 
 
 class Writer(Protocol):
@@ -53,18 +55,31 @@ def make_step(step: Step, model: Any, mesh: Mesh, *, written: Written = "everywh
     return jax.jit(on_mesh, out_shardings=where, compiler_options=asked)
 
 
-def in_flight(answer: Callable[[Batch], Any], batches: Iterable[Batch]) -> Iterator:
-    """`answer` of every batch, in order, by a thread that goes on to the next one meanwhile.
+def programs_of(batch: int, mesh: Mesh) -> int:
+    """How many programs, side by side, answer a batch.
 
-    An accelerator works on a batch while the host reads the one before. On CPU a program runs in
-    the thread that asks (`loop`), beside what the host does. A second one there brought little, and
-    a heap that grew by chance (benchmarks/LOG.md).
+    Parts of a program run on one core of a CPU, products of small matrices for one: halves of a
+    large batch side by side are faster, in the memory of one whole. Several CPU devices wait for
+    each other within a program, and two programs might do so crosswise.
     """
-    asked = deque()
-    with ThreadPoolExecutor(1) as pool:
+    alone = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    return 2 if alone and batch >= HALVED else 1
+
+
+def in_flight(
+    answer: Callable[[Batch], Any], batches: Iterable[Batch], *, threads: int = 1
+) -> Iterator:
+    """`answer` of every batch, in order, by threads that go on to the next ones meanwhile: an
+    accelerator, or a CPU's other cores, work while the caller reads a result."""
+    asked, compiled = deque(), set()
+    with ThreadPoolExecutor(threads) as pool:
         for batch in batches:
             asked.append(pool.submit(answer, batch))
-            if len(asked) > 1:
+            shapes = str(jax.tree.map(np.shape, batch))
+            if shapes not in compiled:
+                wait([asked[-1]])  # or the next batch would compile the same
+                compiled.add(shapes)
+            if len(asked) > threads:
                 yield asked.popleft().result()
         while asked:
             yield asked.popleft().result()
@@ -85,17 +100,18 @@ def run(
 ) -> float:
     """Fills `writers[name][i]` with `program(...)[name]` for every row; returns examples/s.
 
-    A batch is in flight while the host writes the one before. The rate leaves out the first, which
-    compiles.
+    Others are in flight while the host writes one. The rate leaves out the first, which compiles.
 
     Args:
       program: of `make_step`; the next pass over the same model's form may use it again.
+      batch: examples in flight, of one program or of two.
       seating: of `GlobalBatches`.
     """
     memory.keep_freed()
+    memory.set_aside()
     state = nnx.state(model)
-    per_device = mesh.shape["data"]
-    config = OrderConfig(batch=max(per_device, batch // per_device * per_device))
+    per_device, threads = mesh.shape["data"], programs_of(batch, mesh)
+    config = OrderConfig(batch=max(per_device, batch // threads // per_device * per_device))
     parts = sharding.parts(mesh)
     source = GlobalBatches(rows, assemble, config=config, parts=parts, seating=seating)
     started, first = time.monotonic(), min(config.batch, len(rows))
@@ -112,7 +128,7 @@ def run(
                     writers[name][at : at + high - low] = own[low:high]
 
     with track(title, total=len(rows), unit="examples") as advance:
-        for n, values in enumerate(in_flight(answer, iterate(source))):
+        for n, values in enumerate(in_flight(answer, iterate(source), threads=threads)):
             write(n, values)
             advance(min(config.batch, len(rows) - n * config.batch))
             started = started if n else time.monotonic()

@@ -4,6 +4,7 @@ import itertools
 import math
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -96,7 +97,65 @@ def test_a_batch_is_answered_while_the_caller_reads_the_one_before():
     assert read == list(range(len(ended)))
 
 
-def test_programs_are_asked_for_one_after_the_other():
-    """Those of several CPU devices wait for each other within, and two might do so crosswise."""
+def test_two_threads_answer_side_by_side_and_their_results_are_in_order():
+    """Every odd batch but the first waits for the one after it."""
+    ended = [threading.Event() for _ in range(6)]
+
+    def answer(batch: dict[str, np.ndarray]) -> int:
+        n = int(batch["row_B"][0])
+        if n % 2 and n + 1 < len(ended):
+            assert ended[n + 1].wait(10)
+        ended[n].set()
+        return n
+
+    assert list(infer.in_flight(answer, batches(6), threads=2)) == list(range(6))
+
+
+def test_a_batch_of_new_shapes_is_answered_before_the_next_is_asked():
+    """Or two threads would compile the same program."""
+    second = threading.Event()
+
+    def answer(batch: dict[str, np.ndarray]) -> bool:
+        if batch["row_B"][0]:
+            second.set()
+        return second.wait(0.1)
+
+    assert list(infer.in_flight(answer, batches(2), threads=2)) == [False, True]
+
+
+def test_programs_are_asked_for_by_one_thread_apart():
     threads = set(infer.in_flight(lambda batch: threading.get_ident(), batches(6)))
     assert len(threads) == 1 and threading.get_ident() not in threads
+
+
+@pytest.mark.parametrize(
+    ("devices", "platform", "batch", "programs"),
+    [
+        (1, "cpu", infer.HALVED, 2),
+        (1, "cpu", infer.HALVED - 1, 1),
+        (1, "tpu", infer.HALVED, 1),
+        (8, "cpu", infer.HALVED, 1),  # they wait for each other within, two might crosswise
+    ],
+)
+def test_halves_of_a_large_batch_where_one_cpu_device_answers(devices, platform, batch, programs):
+    on = SimpleNamespace(flat=[SimpleNamespace(platform=platform)])
+    mesh: Any = SimpleNamespace(size=devices, devices=on)
+    assert infer.programs_of(batch, mesh) == programs
+
+
+def test_halves_are_what_a_program_answers(monkeypatch):
+    monkeypatch.setattr(infer, "HALVED", 8)
+    seen = []
+
+    def assemble(rows: np.ndarray, parts: object) -> dict[str, np.ndarray]:
+        seen.append(rows.tolist())
+        return as_batch(rows, parts)
+
+    rows, found = np.arange(20), np.full(20, -1.0)
+    model, mesh = Scale(), make_mesh(MeshConfig())
+    program = infer.make_step(
+        lambda model, batch, constants: {"x": model.by[...] * batch["row_B"]}, model, mesh
+    )
+    infer.run(model, program, rows, assemble, {"x": found}, batch=8, mesh=mesh, title="")
+    np.testing.assert_array_equal(found, 3 * rows)
+    assert sorted(seen) == [[n, n + 1, n + 2, n + 3] for n in range(0, 20, 4)]

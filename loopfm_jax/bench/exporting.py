@@ -19,7 +19,7 @@ from loopfm_jax.fm.exporter import ExportConfig, Exporter, code_width, log_batch
 from loopfm_jax.fm.teacher import FMConfig
 from loopfm_jax.fm.train import Lessons
 from loopfm_jax.history.codes import Codec
-from loopfm_jax.infer import in_flight
+from loopfm_jax.infer import in_flight, programs_of
 from loopfm_jax.loop import put
 from loopfm_jax.rngs import Rngs
 from loopfm_jax.sharding import MeshConfig, make_mesh
@@ -75,8 +75,10 @@ class Forward:
         memory.keep_freed()
         exporter, rows = make_exporter(spec)
         graphdef, self._state = nnx.split(exporter.model)
-        self._constants, size = exporter.constants, exporter.batch
-        self.facts: dict[str, Any] = {"batch": size}
+        self._constants = exporter.constants
+        self.facts: dict[str, Any] = {"batch": exporter.batch}
+        self._programs = programs_of(exporter.batch, exporter.mesh)
+        size = exporter.batch // self._programs
         parts = sharding.parts(exporter.mesh)
         self._batches = [
             put(exporter.lessons.batch(rows[low : low + size], parts), exporter.mesh)
@@ -95,7 +97,7 @@ class Forward:
             return self._step(self._state, batch, self._constants)
 
         def over_all() -> None:
-            for soft_B in in_flight(answer, self._batches):
+            for soft_B in in_flight(answer, self._batches, threads=self._programs):
                 jax.block_until_ready(soft_B)
 
         return timed(over_all, lambda: None, seconds=seconds, steps=steps, examples=self._rows)

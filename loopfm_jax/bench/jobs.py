@@ -22,7 +22,7 @@ from loopfm_jax.bench.model import FOREVER, Subject, Taught, make_subject, save_
 from loopfm_jax.bench.protocol import Measured, Spec, timed, timed_each
 from loopfm_jax.data.batches import Batch, GlobalBatches, iterate
 from loopfm_jax.data.schema import Schema
-from loopfm_jax.infer import in_flight
+from loopfm_jax.infer import in_flight, programs_of
 from loopfm_jax.optim import make_optimiser
 from loopfm_jax.packing import Parts
 from loopfm_jax.serve import open_predictor
@@ -52,11 +52,13 @@ def _facts(subject: Subject | Taught, state: loop.State) -> dict[str, Any]:
     }
 
 
-def _batches(subject: Subject | Taught, spec: Spec) -> Iterator[Batch]:
-    """Those of the first one's shapes: a larger token budget is a program more, whose compiling a
-    rate should not hold. Where sides lay them out in parts of several numbers, `parts` has all of
-    these: a batch that would need another budget in any of them is left out by every side."""
-    order = subject.config.train.order
+def _batches(subject: Subject | Taught, spec: Spec, *, programs: int = 1) -> Iterator[Batch]:
+    """Those of the first one's shapes, each for one of so many programs that share a batch: a
+    larger token budget is a program more, whose compiling a rate should not hold. Where sides lay
+    them out in parts of several numbers, `parts` has all of these: a batch that would need another
+    budget in any of them is left out by every side."""
+    whole = subject.config.train.order
+    order = replace(whole, batch=whole.batch // programs)
 
     def laid_out(parts: Parts) -> GlobalBatches:
         return GlobalBatches(subject.rows, subject.examples.batch, config=order, parts=parts)
@@ -67,8 +69,10 @@ def _batches(subject: Subject | Taught, spec: Spec) -> Iterator[Batch]:
     def shapes(step: int, batch: Batch) -> Any:
         return jax.tree.map(np.shape, [batch, *(other[step] for other in others)])
 
-    first = shapes(0, source[0])
-    return (batch for step, batch in enumerate(iterate(source)) if shapes(step, batch) == first)
+    first, steps = shapes(0, source[0]), enumerate(iterate(source))
+    shares = zip(*[steps] * programs, strict=False)
+    fit = (share for share in shares if all(shapes(*one) == first for one in share))
+    return (batch for share in fit for _, batch in share)
 
 
 class Train:
@@ -157,32 +161,38 @@ class Infer:
     def __init__(self, spec: Spec):
         self._predict = Predict(spec)
         self.facts = self._predict.facts
-        self._batches = _batches(self._predict.subject, spec)
+        subject = self._predict.subject
+        self._programs = programs_of(subject.config.train.order.batch, subject.mesh)
+        self._batches = _batches(subject, spec, programs=self._programs)
+        memory.set_aside()
 
     def run(self, *, seconds: float, steps: int) -> Measured:
-        subject, losses = self._predict.subject, []
+        losses, programs = [], self._programs
 
         def asked(started: float) -> Iterator[Batch]:
             for count, batch in enumerate(self._batches, start=1):
                 yield batch
-                if count >= steps and time.perf_counter() - started >= seconds:
+                enough = count >= steps * programs and count % programs == 0
+                if enough and time.perf_counter() - started >= seconds:
                     return
 
         def answer(batch: Batch) -> tuple[jax.Array, np.ndarray]:
             return self._predict(batch), batch["label_B"]
 
         def whole() -> None:
-            for probability_B, label_B in in_flight(answer, asked(time.perf_counter())):
+            batches = asked(time.perf_counter())
+            for probability_B, label_B in in_flight(answer, batches, threads=programs):
                 losses.append(entropy(np.asarray(probability_B), label_B))
 
         found = timed(whole, lambda: None, seconds=0, steps=1, examples=0)
-        count = len(losses) * subject.config.train.order.batch
+        by_batch = np.mean(np.reshape(losses, (-1, programs)), axis=1)
+        count = len(by_batch) * self._predict.subject.config.train.order.batch
         return replace(
             found,
             value=count / found.seconds,
-            steps=len(losses),
+            steps=len(by_batch),
             examples=count,
-            losses=tuple(losses),
+            losses=tuple(by_batch.tolist()),
             more={"programs": self._predict.programs},
         )
 
