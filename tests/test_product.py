@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from loopfm_jax.backbones.product import IN_FLOAT32, TURNED, Dense, product
+from loopfm_jax import compiler
+from loopfm_jax.backbones.product import IN_FLOAT32, Dense, product
 
 ROUNDED = 2**-8
 """Relative, of a number that becomes bfloat16."""
-SHAPES = [(80, 6, 5), (80, TURNED // 128, 128), (IN_FLOAT32, 6, 5)]
-"""Rows, X, W: a kernel's gradient as it is, by rows that are turned before, and of few rows."""
+SHAPES = [(80, 6, 5), (80, 5, 6), (80, 6, 1), (IN_FLOAT32, 6, 5)]
+"""Rows, X, W: what is turned before a kernel's gradient, and few rows."""
 
 
 def drawn(*shape, dtype=jnp.bfloat16, seed=0):
@@ -56,6 +57,33 @@ def test_every_product_of_bfloat16_has_a_float32_result():
     assert kinds(jax.grad(affine, argnums=(0, 1, 2))) == 3 * ["f32"]
     plain = jax.grad(lambda x, k, *_: (x @ k.astype(x.dtype)).astype(jnp.float32).sum(), (0, 1))
     assert set(kinds(plain)) == {"bf16"}
+
+
+def multiplied(f, *given) -> set[str]:
+    """What XLA multiplies on CPU when it is asked as for bfloat16."""
+    asked = compiler.options(dtype="bfloat16")
+    text = jax.jit(f, compiler_options=asked).lower(*given).compile().as_text()
+    kinds = dict(re.findall(r"%(\S+) = (\w+)\[", text))
+    operands = [name for two in re.findall(r" dot\(%(\S+), %(\S+?)\)", text) for name in two]
+    return {kinds[name] for name in operands}
+
+
+@pytest.mark.parametrize(("x_width", "width"), [(64, 96), (96, 64)])
+def test_gradients_too_are_multiplied_in_bfloat16(x_width, width):
+    """XLA converts operands to float32 where it has no product for how they lie."""
+    x, kernel = drawn(256, x_width), drawn(x_width, width, dtype=jnp.float32)
+    seen = drawn(256, width, seed=1)
+
+    def loss(x, kernel):
+        return (product(x, kernel) * seen).astype(jnp.float32).sum()
+
+    def by_columns(x, seen):
+        return jnp.einsum("tx,tw->xw", x, seen, preferred_element_type=jnp.float32)
+
+    if multiplied(loss, x, kernel) == {"f32"}:
+        pytest.skip("XLA has no products of bfloat16 for this processor")
+    assert multiplied(jax.grad(loss, (0, 1)), x, kernel) == {"bf16"}
+    assert multiplied(by_columns, x, seen) == {"f32"}
 
 
 def test_leading_axes_and_a_layer_without_a_bias():

@@ -1,9 +1,10 @@
 """Products of rows and kernels, whose bfloat16 on CPU needs care.
 
 XLA has two kinds there: those with a float32 result are faster than float32's where the processor
-multiplies bfloat16 (AVX512-BF16, AMX), those with a bfloat16 result slower. Flax and JAX's own
-gradients ask for the latter, these for the former (benchmarks/LOG.md). Results and gradients of
-rows have the rows' dtype, gradients of kernels the kernels'.
+multiplies bfloat16 (AVX512-BF16, AMX), those with a bfloat16 result slower. It has the former only
+where what is summed over lies side by side in the left operand; else it converts both to float32.
+Flax and JAX's own gradients ask for what is slow, these for what is fast (benchmarks/LOG.md).
+Results and gradients of rows have the rows' dtype, gradients of kernels the kernels'.
 """
 
 import math
@@ -18,8 +19,6 @@ from loopfm_jax import sharding
 
 IN_FLOAT32 = 64
 """Up to so many rows are multiplied in float32: a kernel in fewer bits is not worth making."""
-TURNED = 1 << 16
-"""Numbers of a kernel from which on its gradient pays for turning the rows in memory before."""
 
 
 def product(x: jax.Array, kernel_XW: jax.Array) -> jax.Array:
@@ -46,6 +45,11 @@ def _narrow(dtype: DTypeLike) -> bool:
     return dtype == jnp.bfloat16 and sharding.platform() == "cpu"
 
 
+def _apart(x: jax.Array) -> jax.Array:
+    """What comes after is not merged into what came before."""
+    return jax.lax.optimization_barrier(x)
+
+
 def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
     """The sum over one axis of each, float32."""
     axes = (((a_axis,), (b_axis,)), ((), ()))
@@ -64,10 +68,17 @@ def _product_forward(x_TX: jax.Array, kernel_XW: jax.Array) -> tuple[jax.Array, 
 def _product_backward(kept: Any, g_TW: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_TX, kernel_XW = kept
     to_x_TX = _dot(g_TW, kernel_XW.astype(g_TW.dtype), 1, 1).astype(g_TW.dtype)
-    if kernel_XW.size < TURNED:
-        return to_x_TX, _dot(x_TX, g_TW, 0, 0).astype(kernel_XW.dtype)
-    x_XT = jax.lax.optimization_barrier(x_TX.T)  # or XLA takes the turn back
-    return to_x_TX, _dot(x_XT, g_TW, 1, 0).astype(kernel_XW.dtype)
+    narrower = x_TX.shape[1] <= g_TW.shape[1]
+    to_kernel_XW = _over_rows(x_TX, g_TW) if narrower else _over_rows(g_TW, x_TX).T
+    return to_x_TX, to_kernel_XW.astype(kernel_XW.dtype)
+
+
+def _over_rows(a_TX: jax.Array, b_TW: jax.Array) -> jax.Array:
+    """[X,W], by the first one turned in memory: a mere transpose XLA would read from where it is,
+    by columns; a reshape it does not."""
+    rows, width = a_TX.shape
+    a_XT = _apart(a_TX.T.reshape(width, 1, rows)).reshape(width, rows)
+    return _apart(_dot(a_XT, b_TW, 1, 0))
 
 
 _product.defvjp(_product_forward, _product_backward)
