@@ -79,6 +79,7 @@ def in_flight(
             if shapes not in compiled:
                 wait([asked[-1]])  # or the next batch would compile the same
                 compiled.add(shapes)
+                memory.set_aside()
             if len(asked) > threads:
                 yield asked.popleft().result()
         while asked:
@@ -108,7 +109,6 @@ def run(
       seating: of `GlobalBatches`.
     """
     memory.keep_freed()
-    memory.set_aside()
     state = nnx.state(model)
     per_device, threads = mesh.shape["data"], programs_of(batch, mesh)
     config = OrderConfig(batch=max(per_device, batch // threads // per_device * per_device))

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from loopfm_jax import compiler
-from loopfm_jax.backbones.product import IN_FLOAT32, Dense, product
+from loopfm_jax.backbones.product import IN_FLOAT32, Dense, batched, product
 
 ROUNDED = 2**-8
 """Relative, of a number that becomes bfloat16."""
@@ -46,6 +46,33 @@ def test_rows_keep_their_dtype_and_kernels_theirs(rows, x_width, width):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)  # sums in float32: not rounded
 
 
+@pytest.mark.parametrize("over", [-1, -2])
+def test_matrices_are_wide_before_and_after(over):
+    a, b = drawn(3, 2, 5, 4, dtype=jnp.float32), drawn(3, 2, 4, 6, dtype=jnp.float32, seed=1)
+    seen = drawn(3, 2, 5, 6, seed=2)
+
+    def found(a, b):
+        b = b if over == -2 else jnp.swapaxes(b, 2, 3)
+        return batched(a, b, jnp.bfloat16, over=over)
+
+    to_a, to_b = jax.grad(lambda a, b: (found(a, b) * seen).sum(), (0, 1))(a, b)
+    assert {x.dtype for x in (found(a, b), to_a, to_b)} == {np.dtype("float32")}
+    exact_a, exact_b = (exact(x.astype(jnp.bfloat16)) for x in (a, b))
+    for got, want in (
+        (found(a, b), exact_a @ exact_b),
+        (to_a, exact(seen) @ np.swapaxes(exact_b, 2, 3)),
+        (to_b, np.swapaxes(exact_a, 2, 3) @ exact(seen)),
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("over", [-1, -2])
+def test_matrices_in_float32_are_what_they_always_are(over):
+    a, b = drawn(3, 5, 4, dtype=jnp.float32), drawn(3, 4, 6, dtype=jnp.float32)
+    found = batched(a, b if over == -2 else jnp.swapaxes(b, 1, 2), jnp.float32, over=over)
+    np.testing.assert_allclose(found, a @ b, rtol=1e-6)
+
+
 def test_every_product_of_bfloat16_has_a_float32_result():
     """Those that have not are slow, and JAX's own gradients ask for them."""
     given = drawn(80, 6), drawn(6, 5, dtype=jnp.float32), jnp.ones(5), drawn(80, 5)
@@ -62,7 +89,7 @@ def test_every_product_of_bfloat16_has_a_float32_result():
 def multiplied(f, *given) -> set[str]:
     """What XLA multiplies on CPU when it is asked as for bfloat16."""
     asked = compiler.options(dtype="bfloat16")
-    text = jax.jit(f, compiler_options=asked).lower(*given).compile().as_text()
+    text = jax.jit(f, compiler_options=asked).lower(*given).compile().as_text() or ""
     kinds = dict(re.findall(r"%(\S+) = (\w+)\[", text))
     operands = [name for two in re.findall(r" dot\(%(\S+), %(\S+?)\)", text) for name in two]
     return {kinds[name] for name in operands}
@@ -77,12 +104,17 @@ def test_gradients_too_are_multiplied_in_bfloat16(x_width, width):
     def loss(x, kernel):
         return (product(x, kernel) * seen).astype(jnp.float32).sum()
 
+    def attended(x):
+        x_NLK = x.astype(jnp.float32).reshape(16, 16, x_width)
+        return batched(x_NLK, x_NLK, jnp.bfloat16, over=-1).sum()
+
     def by_columns(x, seen):
         return jnp.einsum("tx,tw->xw", x, seen, preferred_element_type=jnp.float32)
 
     if multiplied(loss, x, kernel) == {"f32"}:
         pytest.skip("XLA has no products of bfloat16 for this processor")
     assert multiplied(jax.grad(loss, (0, 1)), x, kernel) == {"bf16"}
+    assert multiplied(jax.grad(attended), x) == {"bf16"}
     assert multiplied(by_columns, x, seen) == {"f32"}
 
 

@@ -1,4 +1,4 @@
-"""Products of rows and kernels, whose bfloat16 on CPU needs care.
+"""Products whose bfloat16 on CPU needs care: of rows and kernels, and of many small matrices.
 
 XLA has two kinds there: those with a float32 result are faster than float32's where the processor
 multiplies bfloat16 (AVX512-BF16, AMX), those with a bfloat16 result slower. It has the former only
@@ -8,6 +8,7 @@ Results and gradients of rows have the rows' dtype, gradients of kernels the ker
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,6 +32,26 @@ def product(x: jax.Array, kernel_XW: jax.Array) -> jax.Array:
     return _product(x.reshape(rows, -1), kernel_XW).reshape(*x.shape[:-1], -1)
 
 
+def batched(a: jax.Array, b: jax.Array, dtype: DTypeLike, *, over: int = -2) -> jax.Array:
+    """Of each matrix of `a` and its one of `b`, at least float32 on CPU.
+
+    Args:
+      a: [..., L,K].
+      b: [..., K,M], or [..., M,K].
+      dtype: arithmetic of the products. On CPU what comes in is wide, and gradients are: what else
+        is done in bfloat16 there is slow.
+      over: the axis of `b` that is summed over.
+
+    Returns:
+      [..., L,M].
+    """
+    if not _narrow(dtype):
+        lead = tuple(range(a.ndim - 2))
+        return jax.lax.dot_general(a, b, (((a.ndim - 1,), (b.ndim + over,)), (lead, lead)))
+    a_NLK, b_NXY = (x.reshape(-1, *x.shape[-2:]) for x in (a, b))
+    return jnp.reshape(_batched(a_NLK, b_NXY, 3 + over), (*a.shape[:-1], -1))
+
+
 class Dense(nnx.Linear):
     """`nnx.Linear` by `product`."""
 
@@ -50,9 +71,11 @@ def _apart(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(x)
 
 
-def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+def _dot(
+    a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, *, batch: tuple[int, ...] = ()
+) -> jax.Array:
     """The sum over one axis of each, float32."""
-    axes = (((a_axis,), (b_axis,)), ((), ()))
+    axes = (((a_axis,), (b_axis,)), (batch, batch))
     return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
 
 
@@ -74,11 +97,16 @@ def _product_backward(kept: Any, g_TW: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 def _over_rows(a_TX: jax.Array, b_TW: jax.Array) -> jax.Array:
-    """[X,W], by the first one turned in memory: a mere transpose XLA would read from where it is,
+    """[X,W]"""
+    return _apart(_dot(_turned(a_TX), b_TW, 1, 0))
+
+
+def _turned(x: jax.Array) -> jax.Array:
+    """The last two axes swapped, in memory too: a mere transpose XLA would read from where it is,
     by columns; a reshape it does not."""
-    rows, width = a_TX.shape
-    a_XT = _apart(a_TX.T.reshape(width, 1, rows)).reshape(width, rows)
-    return _apart(_dot(a_XT, b_TW, 1, 0))
+    *lead, rows, width = x.shape
+    x = jnp.swapaxes(x, -1, -2).reshape(*lead, width, 1, rows)
+    return _apart(x).reshape(*lead, width, rows)
 
 
 _product.defvjp(_product_forward, _product_backward)
@@ -101,3 +129,25 @@ def _add_backward(bias_W: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array
 
 
 _add.defvjp(_add_forward, _add_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _batched(a_NLK: jax.Array, b_NXY: jax.Array, over: int) -> jax.Array:
+    return _batched_forward(a_NLK, b_NXY, over)[0]
+
+
+def _batched_forward(a_NLK: jax.Array, b_NXY: jax.Array, over: int) -> tuple[jax.Array, Any]:
+    a_NLK, b_NXY = a_NLK.astype(jnp.bfloat16), b_NXY.astype(jnp.bfloat16)
+    return _dot(a_NLK, b_NXY, 2, over, batch=(0,)), (a_NLK, b_NXY)
+
+
+def _batched_backward(over: int, kept: Any, g_NLM: jax.Array) -> tuple[jax.Array, jax.Array]:
+    a_NLK, b_NXY = kept
+    g_NLM = g_NLM.astype(jnp.bfloat16)
+    left, right = (a_NLK, g_NLM) if over == 1 else (g_NLM, a_NLK)
+    to_a_NLK = _dot(g_NLM, b_NXY, 2, 3 - over, batch=(0,))
+    to_b_NXY = _dot(_turned(left), right, 2, 1, batch=(0,))
+    return _apart(to_a_NLK), _apart(to_b_NXY)
+
+
+_batched.defvjp(_batched_forward, _batched_backward)

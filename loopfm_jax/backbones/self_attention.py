@@ -26,6 +26,7 @@ from jax.typing import DTypeLike
 from loopfm_jax import sharding
 from loopfm_jax.backbones.blockwise import by_block
 from loopfm_jax.backbones.layers import Key, dropout, wide
+from loopfm_jax.backbones.product import batched
 from loopfm_jax.errors import UserError
 from loopfm_jax.packing import Tokens, lay_out
 from loopfm_jax.progress import say
@@ -106,7 +107,7 @@ def in_blocks(
     whose [B,H,L,L] is mostly empty. A part of at most 2L slots is one block, which sees itself."""
     dtype = qkv_TX.dtype
     if sharding.platform() == "cpu":
-        qkv_TX = wide(qkv_TX)  # many small products gain nothing there from fewer bits
+        qkv_TX = wide(qkv_TX)  # but for the products
     (slots, width), window, parts = qkv_TX.shape, window or tokens.length, tokens.parts
     size, each = width // (3 * heads), slots // parts
     alone = each <= 2 * window
@@ -140,9 +141,9 @@ def in_blocks(
         apart_LS=apart_LS,
         seconds_CLS=None if tokens.age_T is None else apart(tokens.age_T),
     )
-    product_CHLS = wide(jnp.einsum("CHLD,CHSD->CHLS", q, seen(k)))
+    product_CHLS = wide(batched(q, seen(k), dtype, over=-1))
     weight_CHLS = dropout(weigh(product_CHLS, pairs), rate, key).astype(v.dtype)
-    mixed_CHLD = jnp.einsum("CHLS,CHSD->CHLD", weight_CHLS, seen(v))
+    mixed_CHLD = batched(weight_CHLS, seen(v), dtype)
     mixed_PSHD = jnp.moveaxis(mixed_CHLD, 1, 2).reshape(parts, -1, heads, size)
     return mixed_PSHD[:, :each].reshape(slots, heads, size).astype(dtype)
 

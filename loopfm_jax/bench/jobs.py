@@ -164,7 +164,6 @@ class Infer:
         subject = self._predict.subject
         self._programs = programs_of(subject.config.train.order.batch, subject.mesh)
         self._batches = _batches(subject, spec, programs=self._programs)
-        memory.set_aside()
 
     def run(self, *, seconds: float, steps: int) -> Measured:
         losses, programs = [], self._programs
