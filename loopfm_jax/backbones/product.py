@@ -33,17 +33,16 @@ def product(x: jax.Array, kernel_XW: jax.Array) -> jax.Array:
 
 
 def batched(a: jax.Array, b: jax.Array, dtype: DTypeLike, *, over: int = -2) -> jax.Array:
-    """Of each matrix of `a` and its one of `b`, at least float32 on CPU.
+    """Many small matrices, each of `a` times its one of `b`.
 
     Args:
-      a: [..., L,K].
-      b: [..., K,M], or [..., M,K].
-      dtype: arithmetic of the products. On CPU what comes in is wide, and gradients are: what else
-        is done in bfloat16 there is slow.
+      a: [..., L,K]; float32 on CPU, where what else is done in bfloat16 is slow.
+      b: [..., K,M], or [..., M,K], in the dtype of `a`.
+      dtype: arithmetic of the products.
       over: the axis of `b` that is summed over.
 
     Returns:
-      [..., L,M].
+      [..., L,M], in the dtype of `a`, and so are gradients.
     """
     if not _narrow(dtype):
         lead = tuple(range(a.ndim - 2))
