@@ -58,9 +58,9 @@ def make_step(step: Step, model: Any, mesh: Mesh, *, written: Written = "everywh
 def programs_of(batch: int, mesh: Mesh) -> int:
     """How many programs, side by side, answer a batch.
 
-    Parts of a program run on one core of a CPU, products of small matrices for one: halves of a
-    large batch side by side are faster, in the memory of one whole. Several CPU devices wait for
-    each other within a program, and two programs might do so crosswise.
+    On CPU parts of a program run on one core, products of small matrices for one: halves of a large
+    batch side by side are faster, in the memory of one whole (benchmarks/LOG.md). Several CPU
+    devices wait for each other within a program, and two programs might do so crosswise.
     """
     alone = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
     return 2 if alone and batch >= HALVED else 1

@@ -96,7 +96,7 @@ def _product_backward(kept: Any, g_TW: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 def _over_rows(a_TX: jax.Array, b_TW: jax.Array) -> jax.Array:
-    """[X,W]"""
+    """The sum over rows of every number of one times every number of the other, [X,W]."""
     return _apart(_dot(_turned(a_TX), b_TW, 1, 0))
 
 

@@ -107,7 +107,7 @@ def in_blocks(
     whose [B,H,L,L] is mostly empty. A part of at most 2L slots is one block, which sees itself."""
     dtype = qkv_TX.dtype
     if sharding.platform() == "cpu":
-        qkv_TX = wide(qkv_TX)  # but for the products
+        qkv_TX = wide(qkv_TX)  # but for products: the rest is slow there in fewer bits
     (slots, width), window, parts = qkv_TX.shape, window or tokens.length, tokens.parts
     size, each = width // (3 * heads), slots // parts
     alone = each <= 2 * window
