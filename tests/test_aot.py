@@ -162,12 +162,16 @@ def test_mistakes_get_one_message(options, words, loopfm, monkeypatch):
     assert all(word in message for word in words), message
 
 
-needs_libtpu = pytest.mark.skipif(
-    find_spec("libtpu") is None, reason="libtpu is not installed (extra [aot])"
-)
+@pytest.fixture
+def libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends the process at the first of these tests' flags, which are for CPU."""
+    if find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed (extra [aot])")
+    jax.devices("cpu")  # they are read before
+    monkeypatch.delenv("XLA_FLAGS")
 
 
-@needs_libtpu
+@pytest.mark.usefixtures("libtpu")
 def test_the_gradient_of_a_kernel_that_fsdp_splits_is_summed_in_its_parts():
     devices = chips.find("v5p:2x2x2")
     mesh = mesh_of(MeshConfig(4, 2), devices.devices)
@@ -185,7 +189,7 @@ def test_the_gradient_of_a_kernel_that_fsdp_splits_is_summed_in_its_parts():
     assert sent.get("all-reduce", 0) < part / 100
 
 
-@needs_libtpu
+@pytest.mark.usefixtures("libtpu")
 def test_the_smallest_tpu_slice_is_compiled_for():
     devices = chips.find("v5e:1x1")
     assert devices.platform == "tpu" and len(devices.devices) == 1
