@@ -79,7 +79,7 @@ def in_flight(
             if shapes not in compiled:
                 wait([asked[-1]])  # or the next batch would compile the same
                 compiled.add(shapes)
-                memory.set_aside()
+                memory.set_aside()  # compiling would have used it up
             if len(asked) > threads:
                 yield asked.popleft().result()
         while asked:
@@ -105,7 +105,7 @@ def run(
 
     Args:
       program: of `make_step`; the next pass over the same model's form may use it again.
-      batch: examples in flight, of one program or of two.
+      batch: examples at a time, of `programs_of` programs together.
       seating: of `GlobalBatches`.
     """
     memory.keep_freed()

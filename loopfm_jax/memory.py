@@ -49,7 +49,8 @@ def _want_large_pages() -> None:
 
 @cache
 def set_aside() -> None:
-    """Leaves a free block for small requests, after `keep_freed`, once what stays is there.
+    """Leaves a free block for small requests, once a process: after `keep_freed`, and after what
+    stays is there.
 
     They are cut from the smallest free block that holds them. Without one it is that of the step
     before, and where that has become too small for the next step the heap grows by as much

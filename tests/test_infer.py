@@ -98,7 +98,7 @@ def test_a_batch_is_answered_while_the_caller_reads_the_one_before():
 
 
 def test_two_threads_answer_side_by_side_and_their_results_are_in_order():
-    """Every odd batch but the first waits for the one after it."""
+    """Every odd batch waits for the one after it."""
     ended = [threading.Event() for _ in range(6)]
 
     def answer(batch: dict[str, np.ndarray]) -> int:

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from loopfm_jax import compiler
-from loopfm_jax.backbones.product import IN_FLOAT32, Dense, batched, product
+from loopfm_jax.backbones.product import IN_FLOAT32, Dense, batched_product, product
 
 ROUNDED = 2**-8
 """Relative, of a number that becomes bfloat16."""
@@ -53,7 +53,7 @@ def test_matrices_are_wide_before_and_after(over):
 
     def found(a, b):
         b = b if over == -2 else jnp.swapaxes(b, 2, 3)
-        return batched(a, b, jnp.bfloat16, over=over)
+        return batched_product(a, b, jnp.bfloat16, over=over)
 
     to_a, to_b = jax.grad(lambda a, b: (found(a, b) * seen).sum(), (0, 1))(a, b)
     assert {x.dtype for x in (found(a, b), to_a, to_b)} == {np.dtype("float32")}
@@ -69,7 +69,7 @@ def test_matrices_are_wide_before_and_after(over):
 @pytest.mark.parametrize("over", [-1, -2])
 def test_matrices_in_float32_are_what_they_always_are(over):
     a, b = drawn(3, 5, 4, dtype=jnp.float32), drawn(3, 4, 6, dtype=jnp.float32)
-    found = batched(a, b if over == -2 else jnp.swapaxes(b, 1, 2), jnp.float32, over=over)
+    found = batched_product(a, b if over == -2 else jnp.swapaxes(b, 1, 2), jnp.float32, over=over)
     np.testing.assert_allclose(found, a @ b, rtol=1e-6)
 
 
@@ -106,7 +106,7 @@ def test_gradients_too_are_multiplied_in_bfloat16(x_width, width):
 
     def attended(x):
         x_NLK = x.astype(jnp.float32).reshape(16, 16, x_width)
-        return batched(x_NLK, x_NLK, jnp.bfloat16, over=-1).sum()
+        return batched_product(x_NLK, x_NLK, jnp.bfloat16, over=-1).sum()
 
     def by_columns(x, seen):
         return jnp.einsum("tx,tw->xw", x, seen, preferred_element_type=jnp.float32)

@@ -44,11 +44,11 @@ class Gru(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """attention: factor of the update gate (none: 1)."""
         kernel, bias_X = weights(self.state)
-        kernel = kernel.astype(self.dtype)  # once, not at every event
         update_T = jnp.where(tokens.real_T, 1.0 if attention_T is None else attention_T, 0)
 
         def step(h_BM: jax.Array, at: tuple[jax.Array, jax.Array]):
             from_x, update_B = at
+            # A kernel made narrow before would have its gradient summed over events as narrow.
             from_h = wide(product(h_BM.astype(self.dtype), kernel)) + bias_X[None]
             (xu, xr, xn), (hu, hr, hn) = jnp.split(from_x, 3, axis=1), jnp.split(from_h, 3, axis=1)
             new_BM = jnp.tanh(xn + jax.nn.sigmoid(xr + hr) * hn)

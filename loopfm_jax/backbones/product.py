@@ -32,7 +32,7 @@ def product(x: jax.Array, kernel_XW: jax.Array) -> jax.Array:
     return _product(x.reshape(rows, -1), kernel_XW).reshape(*x.shape[:-1], -1)
 
 
-def batched(a: jax.Array, b: jax.Array, dtype: DTypeLike, *, over: int = -2) -> jax.Array:
+def batched_product(a: jax.Array, b: jax.Array, dtype: DTypeLike, *, over: int = -2) -> jax.Array:
     """Many small matrices, each of `a` times its one of `b`.
 
     Args:
@@ -48,7 +48,7 @@ def batched(a: jax.Array, b: jax.Array, dtype: DTypeLike, *, over: int = -2) -> 
         lead = tuple(range(a.ndim - 2))
         return jax.lax.dot_general(a, b, (((a.ndim - 1,), (b.ndim + over,)), (lead, lead)))
     a_NLK, b_NXY = (x.reshape(-1, *x.shape[-2:]) for x in (a, b))
-    return jnp.reshape(_batched(a_NLK, b_NXY, 3 + over), (*a.shape[:-1], -1))
+    return jnp.reshape(_batched_product(a_NLK, b_NXY, 3 + over), (*a.shape[:-1], -1))
 
 
 class Dense(nnx.Linear):
@@ -90,8 +90,8 @@ def _product_forward(x_TX: jax.Array, kernel_XW: jax.Array) -> tuple[jax.Array, 
 def _product_backward(kept: Any, g_TW: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_TX, kernel_XW = kept
     to_x_TX = _dot(g_TW, kernel_XW.astype(g_TW.dtype), 1, 1).astype(g_TW.dtype)
-    narrower = x_TX.shape[1] <= g_TW.shape[1]
-    to_kernel_XW = _over_rows(x_TX, g_TW) if narrower else _over_rows(g_TW, x_TX).T
+    x_is_narrower = x_TX.shape[1] <= g_TW.shape[1]  # and the narrower side is turned
+    to_kernel_XW = _over_rows(x_TX, g_TW) if x_is_narrower else _over_rows(g_TW, x_TX).T
     return to_x_TX, to_kernel_XW.astype(kernel_XW.dtype)
 
 
@@ -131,16 +131,20 @@ _add.defvjp(_add_forward, _add_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _batched(a_NLK: jax.Array, b_NXY: jax.Array, over: int) -> jax.Array:
-    return _batched_forward(a_NLK, b_NXY, over)[0]
+def _batched_product(a_NLK: jax.Array, b_NXY: jax.Array, over: int) -> jax.Array:
+    return _batched_product_forward(a_NLK, b_NXY, over)[0]
 
 
-def _batched_forward(a_NLK: jax.Array, b_NXY: jax.Array, over: int) -> tuple[jax.Array, Any]:
+def _batched_product_forward(
+    a_NLK: jax.Array, b_NXY: jax.Array, over: int
+) -> tuple[jax.Array, Any]:
     a_NLK, b_NXY = a_NLK.astype(jnp.bfloat16), b_NXY.astype(jnp.bfloat16)
     return _dot(a_NLK, b_NXY, 2, over, batch=(0,)), (a_NLK, b_NXY)
 
 
-def _batched_backward(over: int, kept: Any, g_NLM: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _batched_product_backward(
+    over: int, kept: Any, g_NLM: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     a_NLK, b_NXY = kept
     g_NLM = g_NLM.astype(jnp.bfloat16)
     left, right = (a_NLK, g_NLM) if over == 1 else (g_NLM, a_NLK)
@@ -149,4 +153,4 @@ def _batched_backward(over: int, kept: Any, g_NLM: jax.Array) -> tuple[jax.Array
     return _apart(to_a_NLK), _apart(to_b_NXY)
 
 
-_batched.defvjp(_batched_forward, _batched_backward)
+_batched_product.defvjp(_batched_product_forward, _batched_product_backward)

@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from loopfm_jax import sharding
 from loopfm_jax.backbones.blockwise import by_block
 from loopfm_jax.backbones.layers import Key, dropout, wide
-from loopfm_jax.backbones.product import batched
+from loopfm_jax.backbones.product import batched_product
 from loopfm_jax.errors import UserError
 from loopfm_jax.packing import Tokens, lay_out
 from loopfm_jax.progress import say
@@ -141,9 +141,9 @@ def in_blocks(
         apart_LS=apart_LS,
         seconds_CLS=None if tokens.age_T is None else apart(tokens.age_T),
     )
-    product_CHLS = wide(batched(q, seen(k), dtype, over=-1))
+    product_CHLS = wide(batched_product(q, seen(k), dtype, over=-1))
     weight_CHLS = dropout(weigh(product_CHLS, pairs), rate, key).astype(v.dtype)
-    mixed_CHLD = batched(weight_CHLS, seen(v), dtype)
+    mixed_CHLD = batched_product(weight_CHLS, seen(v), dtype)
     mixed_PSHD = jnp.moveaxis(mixed_CHLD, 1, 2).reshape(parts, -1, heads, size)
     return mixed_PSHD[:, :each].reshape(slots, heads, size).astype(dtype)
 
