@@ -10,7 +10,7 @@ from raw_logs import make_frame, make_raw, prepare_and_load, same_columns
 from loopfm_jax.data import builder
 from loopfm_jax.data.coding import Coded, by_appearance, code, dense
 from loopfm_jax.data.events import _visible
-from loopfm_jax.data.order import collapse_groups, order_rows
+from loopfm_jax.data.order import collapse_groups, order_log, order_rows
 
 COLUMNS = {
     "small integers": pl.Series([3, 0, 2, 3, 1], dtype=pl.Int8),
@@ -69,7 +69,46 @@ def test_rows_are_ordered_as_by_a_full_sort(seed):
     )
     frame = collapse_groups(frame.sample(fraction=1.0, shuffle=True, seed=seed))
     others = [n for n in frame.columns if n not in ("time", "key")]
-    assert frame[order_rows(frame)].equals(frame.sort(["time", "key", *others]))
+    ordered = frame[order_rows(frame, by=("time", "key"))]
+    assert ordered.equals(frame.sort(["time", "key", *others]))
+
+
+def slates(rows: int = 3000) -> pl.DataFrame:
+    """Three rows of a key at a time, of which the items tell nothing about the labels."""
+    rng, number = np.random.default_rng(0), np.arange(rows)
+    label = rng.random(rows) < 0.3
+    return pl.DataFrame(
+        {
+            "key": number // 3 % 7,
+            "time": number // 3 * 1000,
+            "label": label.astype(np.int64),
+            "chance": np.where(label, 0.9, 0.1),
+            "item": rng.permutation(rows),
+            "price": rng.random(rows),
+        }
+    )
+
+
+def test_a_place_among_ties_tells_nothing_of_what_stands_there():
+    """Neither of the label nor of any other column: each is alike at all places of a slate."""
+    frame = slates()
+    ordered = frame[order_log(frame, truth=["chance"])]
+    assert ordered["time"].is_sorted()
+    for name in ("label", "chance", "item", "price"):
+        by_place = ordered[name].to_numpy().reshape(-1, 3).mean(axis=0)
+        spread = ordered[name].std() / np.sqrt(len(frame) / 3)
+        assert (abs(by_place - ordered[name].mean()) < 4 * spread).all(), name
+
+
+def test_labels_have_no_say_in_the_order():
+    frame = slates()
+    told = frame.with_columns(label=1 - pl.col("label"), chance=1 - pl.col("chance"))
+    order, truth = order_log(frame, truth=["chance"]), ["chance"]
+    assert order.equals(order_log(told, truth=truth))
+    alike = frame.with_columns(item=0, price=0.0)
+    mixed = alike.sample(fraction=1.0, shuffle=True, seed=1)
+    once = alike[order_log(alike, truth=truth)]
+    assert once.equals(mixed[order_log(mixed, truth=truth)])
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -25,7 +25,7 @@ from loopfm_jax.data import builder
 from loopfm_jax.data.coding import dense
 from loopfm_jax.data.encode import encode
 from loopfm_jax.data.log import Log, load
-from loopfm_jax.data.order import collapse_groups, order_rows
+from loopfm_jax.data.order import collapse_groups, order_log
 from loopfm_jax.data.prepare import cut
 from loopfm_jax.data.raw import SPLITS, Column, RawLog, Windows, vm_windows
 from loopfm_jax.data.schema import Schema
@@ -160,7 +160,7 @@ def test_the_order_of_the_input_does_not_matter(tmp_path, seed):
 def test_ties_that_differ_only_in_a_list_have_an_order():
     frame = pl.DataFrame({"key": 1, "time": 5, "label": 0, "tags": [["b"], ["a", "c"], [], None]})
     mixed = [frame[list(o)] for o in ((0, 1, 2, 3), (3, 1, 0, 2), (2, 0, 3, 1))]
-    ordered = [rows[order_rows(collapse_groups(rows))] for rows in mixed]
+    ordered = [rows[order_log(collapse_groups(rows))] for rows in mixed]
     assert ordered[0].equals(ordered[1]) and ordered[1].equals(ordered[2])
 
 

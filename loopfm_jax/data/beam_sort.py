@@ -17,7 +17,7 @@ import polars as pl
 
 from loopfm_jax.data.checks import check
 from loopfm_jax.data.files import concat, drop_duplicates, read_table, row_parts
-from loopfm_jax.data.order import collapse_groups, order_rows
+from loopfm_jax.data.order import collapse_groups, order_log
 from loopfm_jax.data.tabular import TabularLog
 from loopfm_jax.engine import BeamConfig, import_beam, run_pipeline
 
@@ -93,7 +93,7 @@ class _Sorter(NamedTuple):
 
     def write(self, dealt: tuple[int, Iterable[pl.DataFrame]]) -> None:
         frame = pl.concat(dealt[1])
-        write_frame(frame[order_rows(frame)], self.scratch / f"stretch-{dealt[0]:06}.parquet")
+        write_frame(frame[order_log(frame)], self.scratch / f"stretch-{dealt[0]:06}.parquet")
 
 
 Seen = tuple[int, int, np.ndarray]

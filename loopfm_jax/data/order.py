@@ -1,11 +1,14 @@
 """The order of a log's rows: one for every set of rows, whatever order the files had.
 
+Rows of one key and time stand as lots say. Sorted by their label they would tell it to every history
+that keeps their order.
+
 Numbers are sorted, not rows: a sorted copy of a wide log would cost as much memory as the log, and
 comparing all columns of all rows most of the time. Only rows that still tie look at one more
 column.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import polars as pl
@@ -26,7 +29,32 @@ def collapse_groups(frame: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def order_rows(frame: pl.DataFrame, by: tuple[str, str] = ("time", "key")) -> pl.Series:
+def order_log(frame: pl.DataFrame, *, truth: Collection[str] = ()) -> pl.Series:
+    """Row numbers by time and key, then by lots that are drawn by the time.
+
+    truth: columns that, as the label, have no say in which row gets which lot, unless nothing else
+      tells two rows apart.
+    """
+    by, told_last = ("time", "key"), ("label", *truth)
+    names = sorted(frame.columns, key=lambda name: name in told_last)
+    order = order_rows(frame.select(names), by=by).to_numpy().copy()
+    run = _runs([frame[name].gather(order) for name in by])
+    tied = np.flatnonzero(_repeated(run))
+    time, run = frame["time"].gather(order[tied]).to_numpy(), run[tied]
+    lot = _lots(time, tied - tied[np.searchsorted(run, run)])
+    order[tied] = order[tied][np.lexsort((lot, run))]
+    return pl.Series(order)
+
+
+def _lots(time: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """What SplitMix64, seeded with the time, draws at this place."""
+    x = time.astype(np.uint64) + (place + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def order_rows(frame: pl.DataFrame, *, by: tuple[str, str]) -> pl.Series:
     """Row numbers sorted by two columns and then by every other one, in the frame's order."""
     first = frame.select(pl.arg_sort_by(*by)).to_series()
     run = _runs([frame[name].gather(first) for name in by])

@@ -22,7 +22,7 @@ from loopfm_jax.data.coding import by_appearance, code, dense
 from loopfm_jax.data.encode import Encoded, encode
 from loopfm_jax.data.events import place
 from loopfm_jax.data.log import KEY, PRETRAINED, SEQUENCES
-from loopfm_jax.data.order import collapse_groups, order_rows
+from loopfm_jax.data.order import collapse_groups, order_log
 from loopfm_jax.data.raw import SPLITS, Card, Pretrained, RawLog, Windows
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.errors import UserError
@@ -45,7 +45,7 @@ def prepare(
     """
     check(raw)
     raw = replace(raw, frame=collapse_groups(raw.frame))
-    order = order_rows(raw.frame)
+    order = order_log(raw.frame, truth=raw.truth)
     time = raw.frame["time"].gather(order).to_numpy()
     cuts, bounds_text = cut(time, windows)
     where = f"{bounds_text}; {span(int(time[0]), int(time[-1]))}"
