@@ -52,10 +52,11 @@ class Curve:
             self._read()
 
     def flush(self) -> dict[str, Any]:
-        """Reads what is still waiting; returns all that a resumed run needs."""
+        """Reads what is still waiting; returns all that a resumed run needs, which stays as it is
+        while it is being written."""
         while self._waiting:
             self._read()
-        return {"points": self.points, "sums": self._sums}
+        return {"points": list(self.points), "sums": list(self._sums)}
 
     def _read(self) -> None:
         n, numbers = self._waiting.pop(0)

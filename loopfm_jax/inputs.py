@@ -35,6 +35,12 @@ class Inputs:
     def rows(self, *splits: str) -> np.ndarray:
         return np.concatenate([np.r_[self.splits[s]] for s in splits])
 
+    def known(self, rows: np.ndarray, *, before: int) -> np.ndarray:
+        """Those of `rows` whose label was there by the time of row `before`, the first that is not
+        learned from: an impression group may straddle the cut, and a label of after it would
+        leak."""
+        return rows[self.log["logged_time"][rows] < self.log["time"][before]]
+
     def batch(self, rows: np.ndarray, parts: Parts = WHOLE) -> Batch:
         """`ids_BF`, `floats_BN`, `label_B` of the given row numbers, and `events` by group of
         sequences: `ids_PSG`, filled up to a token budget, `length_B`, and where the model looks at

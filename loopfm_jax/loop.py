@@ -1,8 +1,9 @@
 """The training loop that FM and VM share.
 
 Step n is dispatched before the numbers of step n-1 are read, the state is donated, transfers are
-explicit, and a loss that is not finite stops the run. A checkpoint holds the model state and the
-position in the data, so a resumed run ends bit-equal to one that was never interrupted.
+explicit, and a loss that is not finite stops the run, as does a parameter when a checkpoint is due.
+A checkpoint holds the model state and the position in the data, so a resumed run ends bit-equal to
+one that was never interrupted.
 
 On CPU a step runs in the thread that asks for it, if all that it reads is there already, for which
 who comes here waits: a step in flight beside it would be no faster, but hold its own temporaries
@@ -137,8 +138,11 @@ def train(
                     curve.add(n, numbers)
                     advance(config.order.batch)
                     if saver.due(n + 1) and n + 1 < len(source):
-                        saver.save(n + 1, state, batches, curve.flush())
-    curve.flush()
+                        past = curve.flush()
+                        _check_finite(state.params, n + 1)
+                        saver.save(n + 1, state, batches, past)
+                curve.flush()
+                _check_finite(state.params, len(source))
     model = nnx.merge(graphdef, state.params, state.rest)
     measured = {"examples_per_s": curve.examples_per_s(), "wait_share": waiting.share()}
     return Trained(model, count(state.params), curve.points, measured)
@@ -250,6 +254,20 @@ def put(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
             sharding.check_divides(mesh, name, leaf.shape, ("examples",))
         raise
     return jax.block_until_ready(placed) if mesh.devices.flat[0].platform == "cpu" else placed
+
+
+def _check_finite(params: Any, steps: int) -> None:
+    """A finite loss may have a gradient that is not."""
+    if not jax.device_get(_finite(params)):
+        raise UserError(
+            f"the parameters are not finite after step {steps}: lower the learning rate or look at "
+            "the inputs; no checkpoint of this state was written"
+        )
+
+
+@jax.jit
+def _finite(params: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]).all()
 
 
 def count(params: Any) -> int:

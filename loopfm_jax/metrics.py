@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from loopfm_jax.errors import UserError
+
 
 class Metrics(NamedTuple):
     """`ne` = LogLoss / entropy of the mean label; `calibration` = mean prediction / mean label."""
@@ -19,7 +21,17 @@ class Metrics(NamedTuple):
 
 
 def measure(label: np.ndarray, probability: np.ndarray, key: np.ndarray) -> Metrics:
-    """All metrics of predictions [rows] against labels 0/1 [rows]; `key` groups rows for gAUC."""
+    """All metrics of predictions [rows] against labels 0/1 [rows]; `key` groups rows for gAUC.
+
+    Raises:
+      UserError: a prediction that is not finite, which has no rank.
+    """
+    bad = len(probability) - int(np.isfinite(probability).sum())
+    if bad:
+        raise UserError(
+            f"{bad:,} of {len(probability):,} predictions are not finite: lower the learning rate, "
+            "or look for extreme values among the inputs"
+        )
     loss = logloss(label, probability)
     return Metrics(
         auc=auc(label, probability),

@@ -1,5 +1,6 @@
 """The training loop: resume, bad losses, meshes. Models here are tiny or the tiny real ones."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from flax import nnx
 
 from loopfm_jax import checkpoint, loop
 from loopfm_jax.backbones import BackboneConfig, build
+from loopfm_jax.curve import Curve
 from loopfm_jax.data.batches import Batch, OrderConfig
 from loopfm_jax.data.schema import Field, Schema
 from loopfm_jax.errors import UserError
@@ -154,6 +156,41 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="not finite at step"):
         run(tmp_path, assemble=poisoned)
+
+
+def poisoned_slope(model: Noisy, batch: dict[str, jax.Array], _: Any, key: jax.Array) -> Any:
+    """A root whose value is 0 and whose slope is not a number, at the seventh row."""
+    value, numbers = loss(model, batch, _, key)
+    weight = model.linear.kernel[...].sum()
+    return value + jnp.sqrt(jnp.where(batch["poison_B"], 0 * weight, 1.0)).min(), numbers
+
+
+@pytest.mark.parametrize("every", [1, 1000])
+def test_a_gradient_that_is_not_finite_leaves_no_checkpoint_and_no_model(tmp_path, every):
+    """Where the step after would find out, and where there is none after it."""
+
+    def slopes(rows: np.ndarray, _: Parts = WHOLE) -> Batch:
+        return assemble(rows) | {"poison_B": rows == ROWS - 1}
+
+    order = replace(ORDER, order="time", epochs=1)  # the last step is the bad one
+    config = replace(CONFIG, order=order, checkpoint_steps=every)
+    with pytest.raises(UserError, match="parameters are not finite after step 10"):
+        run(tmp_path, assemble=slopes, config=config, model=(Noisy, poisoned_slope))
+    with pytest.raises(UserError, match="parameters are not finite after step 10"):
+        run(tmp_path, assemble=slopes, config=config, model=(Noisy, poisoned_slope))
+
+
+def test_what_a_checkpoint_holds_of_the_curve_stays_as_it_is():
+    """It is written while the loop goes on."""
+    curve = Curve(steps=600, batch=1, past=None)
+    for n in range(95):
+        curve.add(n, {"logloss": jnp.float32(n)})
+    held = curve.flush()
+    before = json.dumps(held)
+    for n in range(95, 140):
+        curve.add(n, {"logloss": jnp.float32(n)})
+    curve.flush()
+    assert json.dumps(held) == before
 
 
 @pytest.mark.parametrize("shape", [(8, 1), (4, 2), (1, 8)])

@@ -5,6 +5,7 @@ import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
 from loopfm_jax import evaluate, metrics
+from loopfm_jax.errors import UserError
 from loopfm_jax.metrics import auc, entropy, gauc, logloss, measure
 
 CASES = 40  # per click rate
@@ -98,6 +99,14 @@ def test_a_constant_prediction_of_the_mean_has_ne_and_calibration_one():
     found = measure(label, np.full(5, 0.4), np.zeros(5, int))
     assert found.ne == pytest.approx(1) and found.calibration == pytest.approx(1)
     assert found.logloss == pytest.approx(entropy(label))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_prediction_that_is_not_finite_is_refused(value):
+    label, p, key = draw(0.5, 0)
+    p[3] = value
+    with pytest.raises(UserError, match=f"1 of {len(p):,} predictions are not finite"):
+        measure(label, p, key)
 
 
 def test_certain_and_wrong_is_bad_but_finite():

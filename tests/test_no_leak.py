@@ -30,10 +30,10 @@ from leak_world import (
 
 from loopfm_jax import flow, inputs, packing, stages
 from loopfm_jax.errors import UserError
-from loopfm_jax.fm.train import known_rows
 from loopfm_jax.history import codes, join, ranges, reader, slices, store, structure
 from loopfm_jax.history.codes import Codec
 from loopfm_jax.history.slices import SliceConfig
+from loopfm_jax.sharding import MeshConfig, make_mesh
 from loopfm_jax.vm import train
 
 
@@ -233,7 +233,13 @@ MUTANTS = {
         "weight.sum(axis=0, keepdims=True)",
         PACK,
     ),
-    "behaviours when asked": (by_behaviour, inputs, 'log["logged_time"]', 'log["time"]', READ),
+    "behaviours when asked": (
+        by_behaviour,
+        inputs,
+        'log["logged_time"][positive]',
+        'log["time"][positive]',
+        READ,
+    ),
     "behaviours until logged": (
         by_behaviour,
         inputs,
@@ -335,4 +341,31 @@ def test_the_fm_learns_no_label_that_came_after_its_window(world):
     late = read.log["logged_time"][all_rows] >= first
     assert late.any()
     before = read.splits["vm"].start
-    np.testing.assert_array_equal(known_rows(read, before=before), all_rows[~late])
+    np.testing.assert_array_equal(read.known(all_rows, before=before), all_rows[~late])
+
+
+@pytest.mark.parametrize(
+    ("holdout", "windows"), [("test", ("vm", "validation")), ("validation", ("vm",))]
+)
+def test_vms_learn_no_label_that_came_after_their_windows(
+    world, monkeypatch, tmp_path, holdout, windows
+):
+    examples, learned = world.examples(), []
+    rows, log = examples.inputs.rows(*windows), examples.inputs.log
+    late = np.arange(len(rows)) % 5 == 2
+    logged = np.array(log["logged_time"])
+    logged[rows[late]] = log["time"][examples.inputs.rows(holdout)[0]]
+    log = replace(log, columns={**log.columns, "logged_time": logged})
+    examples = replace(examples, inputs=replace(examples.inputs, log=log))
+
+    class Stop(Exception): ...
+
+    def note(task, rows, *args, **kwargs):
+        learned.extend(rows)
+        raise Stop
+
+    monkeypatch.setattr(train.loop, "train", note)
+    told = {"seed": 0, "holdout": holdout, "directory": tmp_path, "title": ""}
+    with pytest.raises(Stop):
+        train.train_vm(examples, VM, mesh=make_mesh(MeshConfig()), **told)
+    np.testing.assert_array_equal(learned, rows[~late])

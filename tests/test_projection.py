@@ -11,6 +11,7 @@ from flax import nnx
 from noise import parts
 
 from loopfm_jax import infer, stages
+from loopfm_jax.fm import train
 from loopfm_jax.fm.compressor import CompressorConfig, Projection, principal
 
 R, D, Z = 4000, 12, 6
@@ -146,6 +147,15 @@ def test_pca_is_fitted_on_the_fm_window_and_stays_while_the_fm_learns(
     known = known["codes_hidden_0"]
     np.testing.assert_allclose(np.cov(np.arctanh(known).T / 0.8), np.eye(2), atol=0.02)
     np.testing.assert_array_equal(passes["export, day 4"][2], directions)
+
+
+def test_a_sample_has_all_places_of_a_slate():
+    rows = np.arange(1000, 1000 + 3 * train.SAMPLE)
+    found = train.sample(rows)
+    assert len(found) == train.SAMPLE and (np.diff(found) > 0).all() and found[0] >= 1000
+    places = np.bincount(found % 3) / train.SAMPLE
+    np.testing.assert_allclose(places, 1 / 3, atol=0.02)
+    np.testing.assert_array_equal(train.sample(rows[: train.SAMPLE]), rows[: train.SAMPLE])
 
 
 def test_a_prefix_without_a_decoder_has_no_loss_to_report(tmp_path, capsys, monkeypatch):

@@ -1,7 +1,10 @@
 """An FM that goes on learning: days, cutoffs, aligned codes."""
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +76,41 @@ def test_every_day_is_logged_by_an_fm_that_saw_the_days_before_and_no_more(expor
         assert drift[kind]["cosine"] > drift["fresh"]["cosine"]
     np.testing.assert_array_equal(soft["linear"], soft["fresh"])  # the map is for codes alone
     assert (soft["ema"] != soft["fresh"]).any()
+
+
+def test_a_label_that_comes_late_is_learned_with_a_later_day(monkeypatch):
+    """Every row once, by the first day after its label; a day of nothing new keeps its FM."""
+
+    @dataclass(frozen=True)
+    class Logs:
+        """An exporter that only notes who logs which rows."""
+
+        lessons: Any
+        model: int = 0
+        learner: int = 0
+
+        def run(self, rows, writers, *, title):
+            logged.append((self.model, rows.tolist()))
+
+    hour = 3_600_000
+    time = np.array([0, 1, 24, 25, 48, 72, 96, 97], np.int64) * hour
+    late = np.array([0, 80, 80, 1, 30, 0, 0, 0], np.int64) * hour
+    log = {"time": time, "logged_time": time + late}
+    learned, logged = [], []
+
+    def learn(first, before, rows, *args, day, **kwargs):
+        learned.append((day, rows.tolist()))
+        return replace(before, model=day)
+
+    monkeypatch.setattr(refresh, "_learn", learn)
+    monkeypatch.setattr(refresh, "_drift", lambda first, now, rows: {"rows": len(rows)})
+    lessons = SimpleNamespace(inputs=SimpleNamespace(log=log))
+    how = {"cutoff_ms": -1, "seed": 0, "directory": Path()}
+    found = refresh.run(Logs(lessons), ExportConfig(), None, np.arange(8), {}, **how)
+    assert learned == [(1, [0]), (2, [3]), (4, [1, 4, 5])]
+    assert logged == [(0, [0, 1]), (1, [2, 3]), (2, [4]), (2, [5]), (4, [6, 7])]
+    assert [cutoff // hour for _, cutoff in found["cutoffs"]] == [-1, 0, 26, 26, 81]
+    assert [(d["day"], d["rows"]) for d in found["drift"]] == [(1, 1), (2, 1), (4, 3)]
 
 
 def test_vms_take_refreshed_codes_and_a_leak_is_refused(exported, monkeypatch):

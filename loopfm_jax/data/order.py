@@ -1,7 +1,7 @@
 """The order of a log's rows: one for every set of rows, whatever order the files had.
 
-Rows of one key and time stand as lots say. Sorted by their label they would tell it to every history
-that keeps their order.
+Rows of one key and time stand as lots say: sorted by their label they would tell it to every
+history, which keeps their order.
 
 Numbers are sorted, not rows: a sorted copy of a wide log would cost as much memory as the log, and
 comparing all columns of all rows most of the time. Only rows that still tie look at one more

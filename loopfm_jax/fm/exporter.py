@@ -19,7 +19,7 @@ from loopfm_jax import infer, processes
 from loopfm_jax.errors import UserError, check_limits
 from loopfm_jax.fm import codebook
 from loopfm_jax.fm.teacher import FMConfig, Teacher
-from loopfm_jax.fm.train import Lessons, known_rows, sample
+from loopfm_jax.fm.train import Lessons, sample
 from loopfm_jax.history.codes import Code, Codec, dequantise, quantise
 from loopfm_jax.history.rowfile import RowFile
 
@@ -148,7 +148,7 @@ def fit(
       them loses.
     """
     width = code_width(config, fm_config)
-    rows = sample(known_rows(lessons.inputs, before=before))
+    rows = sample(lessons.inputs.known(np.arange(before), before=before))
     past = lessons.past(mesh)
     found = _survey(lessons, model, rows, past, width=width, batch=config.batch, mesh=mesh)
     codecs, losses = {}, {}

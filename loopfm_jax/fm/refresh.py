@@ -2,11 +2,12 @@
 
 The paper freezes the FM or takes a fresh checkpoint per split, whose codes drift (section 3, table
 5), and names the cures without building them. Here every day's rows are logged by a checkpoint
-that has learned the days before, and the codes are
+that has learned the days before, of them what has its label by then (a late label is learned with
+a later day), and the codes are
 
     fresh      taken as they come;
     linear     mapped back into the first checkpoint's space, by a least-squares map fitted on
-               yesterday's rows, which both have run over;
+               the rows learned last, which both have run over;
     ema        those of an average of the checkpoints so far;
     anchored   of a compressor that is pulled towards the first checkpoint's codes while the day is
                learned; the FM itself is not (no gradient passes from a code into it).
@@ -63,20 +64,23 @@ def run(
     Returns:
       `cutoffs` as in `export`, and `drift`: per checkpoint `centroid`, the distance between the
       mean codes of the first checkpoint and its own, and `cosine`, the mean cosine of both codes
-      of a row, on yesterday's rows.
+      of a row, on the rows learned last. A day before which no label came has no checkpoint.
     """
     log = first.lessons.inputs.log
     starts = day_starts(log["time"][rows], hours=config.refresh_hours)
     cutoffs, drift, exporter = [], [], replace(first, learner=first.model)
+    waiting = rows[:0]  # for their labels
     for day, (start, stop) in enumerate(zip(starts, [*starts[1:], len(rows)], strict=True)):
         now_ms = int(log["time"][rows[start]])
         if day:
-            before = rows[starts[day - 1] : start]
-            known = before[log["logged_time"][before] < now_ms]
+            waiting = np.concatenate([waiting, rows[starts[day - 1] : start]])
+            labelled = log["logged_time"][waiting] < now_ms
+            known, waiting = waiting[labelled], waiting[~labelled]
+        if day and len(known):
             exporter = _learn(
                 first, exporter, known, config, fm_config, day=day, seed=seed, directory=directory
             )
-            cutoff_ms = max(cutoff_ms, int(log["logged_time"][known].max(initial=0)))
+            cutoff_ms = max(cutoff_ms, int(log["logged_time"][known].max()))
             drift.append({"day": day, **_drift(first, exporter, known)})
         cutoffs.append([now_ms, cutoff_ms])
         part = {name: After(file, start) for name, file in writers.items()}

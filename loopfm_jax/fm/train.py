@@ -106,7 +106,8 @@ def train_fm(
     lessons = open_lessons(
         data, config, history, residency, log_residency, config.train.order.order
     )
-    rows = known_rows(lessons.inputs, before=first_unseen(lessons.inputs, span))
+    first = first_unseen(lessons.inputs, span)
+    rows = lessons.inputs.known(np.arange(first), before=first)
     assemble = lessons.batch if labels == "true" else _shuffled(lessons, rows, seed)
     past = lessons.past(mesh)
     trained = loop.train(
@@ -128,7 +129,7 @@ def train_fm(
     return {
         "params": trained.params,
         "curve": trained.curve,
-        "first": first_unseen(lessons.inputs, span),
+        "first": first,
         "cutoff_ms": int(lessons.inputs.log["logged_time"][rows].max()),
         "measured": trained.measured,
     }
@@ -160,21 +161,16 @@ def fit_projections(
 
 
 def sample(rows: np.ndarray) -> np.ndarray:
-    """At most SAMPLE of these rows, evenly spread."""
-    return rows[:: max(1, -(-len(rows) // SAMPLE))]
+    """At most SAMPLE of these rows, drawn: every k-th might be the first of every slate."""
+    if len(rows) <= SAMPLE:
+        return rows
+    return rows[np.sort(np.random.default_rng(0).choice(len(rows), SAMPLE, replace=False))]
 
 
 def first_unseen(inputs: Inputs, span: Span) -> int:
     """The first row that the teacher does not learn from, and whose code it may log."""
     stop = inputs.splits["vm"].start
     return stop if span == "whole" else stop // 2
-
-
-def known_rows(inputs: Inputs, *, before: int) -> np.ndarray:
-    """Rows before row `before` whose label was there by its time: an impression group may straddle
-    the cut, and a label of after it would leak into every code."""
-    rows, first_ms = np.arange(before), inputs.log["time"][before]
-    return rows[inputs.log["logged_time"][rows] < first_ms]
 
 
 def _shuffled(lessons: Lessons, rows: np.ndarray, seed: int) -> Any:

@@ -170,15 +170,17 @@ def train_vm(
     directory: Path,
     title: str,
 ) -> dict[str, Any]:
-    """One VM: trains on the windows before `holdout`, predicts that.
+    """One VM: trains on the windows before `holdout`, on what of them has its label by then;
+    predicts that.
 
     Writes the model and prediction.npy [rows of the holdout] into `directory`.
     """
     examples = examples.on(mesh)
-    past = examples.past(mesh)
+    past, judged = examples.past(mesh), examples.inputs.rows(holdout)
+    learned = examples.inputs.known(examples.inputs.rows(*vm_windows(holdout)), before=judged[0])
     trained = loop.train(
         loop.Trainable(_builder(examples, config), partial(Student.loss, config=config.distil)),
-        examples.inputs.rows(*vm_windows(holdout)),
+        learned,
         examples.batch,
         config=config.train,
         mesh=mesh,
@@ -189,10 +191,10 @@ def train_vm(
         seating=examples.seating,
         title=title,
     )
-    rows, told = examples.inputs.rows(holdout), f"{title} {holdout}"
     assert isinstance(trained.model, Student)
+    told = f"{title} {holdout}"
     _write_prediction(
-        trained.model, examples, rows, past, mesh=mesh, directory=directory, title=told
+        trained.model, examples, judged, past, mesh=mesh, directory=directory, title=told
     )
     checkpoint.save_model(trained.model, directory)
     checkpoint.discard(directory)
