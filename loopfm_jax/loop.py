@@ -32,6 +32,9 @@ from loopfm_jax.tables import with_pretrained
 
 jax.config.update("jax_cpu_enable_async_dispatch", False)  # here: devices are opened but once
 
+STEPS = 2**31 - 1
+"""Number of the stream of keys that steps draw with: above that of any parameter."""
+
 
 @struct.dataclass
 class State:
@@ -205,7 +208,7 @@ def make_step(
             return learn(state, batch, constants)
 
     def learn(state: State, batch: dict[str, jax.Array], constants: Any) -> tuple[State, Any]:
-        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+        key = step_key(state.seed, state.step)
 
         def loss(model: nnx.Module) -> tuple[jax.Array, Any]:
             gather_kernels(model, shardings.params)
@@ -223,6 +226,11 @@ def make_step(
         out_shardings=(shardings, None),
         compiler_options=compiler.options(where.mesh, dtype=dtype),
     )
+
+
+def step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
+    """What a step draws with: no key that drew a parameter (`rngs.Rngs`)."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STEPS), step)
 
 
 def gather_kernels(model: nnx.Module, shardings: Any) -> None:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from loopfm_jax.loop import step_key
 from loopfm_jax.rngs import Rngs
 
 
@@ -26,3 +27,10 @@ def test_they_are_those_of_flax():
 def test_a_trace_holds_no_count():
     names = [eqn.primitive.name for eqn in jax.make_jaxpr(start)(jnp.uint32(7)).eqns]
     assert names.count("random_fold_in") == 5 and "add" not in names, names
+
+
+def test_a_step_draws_with_no_key_that_drew_a_parameter():
+    seed, rngs = jnp.uint32(7), Rngs(jax.random.key(7))
+    parameters = {tuple(np.asarray(jax.random.key_data(rngs.params()))) for _ in range(200)}
+    steps = {tuple(np.asarray(jax.random.key_data(step_key(seed, n)))) for n in range(200)}
+    assert len(parameters | steps) == 400

@@ -28,6 +28,8 @@ Span = Literal["whole", "first-half"]
 SAMPLE = 20_000
 """Rows that are enough to fit a compressor or a code, or to measure what it is like."""
 FIT_BATCH = 4096
+SHUFFLE = 2**32 - 1
+"""Of what is drawn to shuffle labels: no epoch, which orders rows (`data.batches`)."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def first_unseen(inputs: Inputs, span: Span) -> int:
 
 def _shuffled(lessons: Lessons, rows: np.ndarray, seed: int) -> Any:
     label = np.array(lessons.inputs.log["label"], np.float32)
-    label[rows] = np.random.default_rng((seed, 1)).permutation(label[rows])
+    label[rows] = np.random.default_rng((seed, SHUFFLE)).permutation(label[rows])
 
     def assemble(batch_rows: np.ndarray, parts: Parts) -> dict[str, Any]:
         return lessons.batch(batch_rows, parts) | {"label_B": label[parts.mine(batch_rows)]}
