@@ -5,17 +5,18 @@ configuration, the content hash of every input's manifest and sha256 and size of
 flipped bit, a half-copied folder or a mix of two runs is found before a model reads it.
 """
 
+import fcntl
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from loopfm_jax import processes
 from loopfm_jax.errors import UserError
@@ -64,6 +65,11 @@ class Stage:
         """Where the result before this one waits until the new one is in its place."""
         return self.directory.with_name(f".{self.directory.name}.old")
 
+    @property
+    def lock(self) -> Path:
+        """Held by who makes it."""
+        return self.directory.with_name(f".{self.directory.name}.lock")
+
 
 def run(
     stage: Stage, work: Work, *, force: bool = False, together: bool = False
@@ -81,13 +87,15 @@ def run(
       The manifest, and whether work was done.
 
     Raises:
-      UserError: the folder was made with another configuration or by something else, or an input
-        is missing or damaged.
+      UserError: the folder was made with another configuration or by something else, or is being
+        made, or an input is missing or damaged.
     """
     manifest, identity = processes.first(lambda: _look(stage, force=force))
     if manifest is not None:
         return manifest, False
-    manifest = _make(stage, work, identity, together=together)
+    with ExitStack() as held:
+        processes.first(lambda: _hold(stage, held))
+        manifest = _make(stage, work, identity, together=together)
     _see(stage.directory, manifest)
     return manifest, True
 
@@ -104,6 +112,28 @@ def _look(stage: Stage, *, force: bool) -> tuple[Report | None, Report]:
         if manifest["inputs"] == made_from:
             return manifest, identity
     return None, identity
+
+
+def _hold(stage: Stage, held: ExitStack) -> None:
+    """Until `held` closes or the process dies: two would clear each other's files."""
+    stage.lock.parent.mkdir(parents=True, exist_ok=True)
+    file = held.enter_context(stage.lock.open("w"))
+    if _taken(file, stage.lock):
+        raise UserError(
+            f"another process is making {stage.directory}: wait for it, or use another --workdir"
+        )
+    held.callback(stage.lock.unlink, missing_ok=True)
+
+
+def _taken(file: IO[str], lock: Path) -> bool:
+    """Whether another process holds the lock, or has just removed it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return not os.path.samefile(file.fileno(), lock)
+    except (BlockingIOError, FileNotFoundError):
+        return True
+    except OSError:
+        return False  # of a file system without locks nobody knows
 
 
 def _make(stage: Stage, work: Work, identity: Report, *, together: bool) -> Report:

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -297,6 +299,28 @@ def test_a_process_killed_between_the_renames(tmp_path, forget):
         verify(stage.directory)
     assert run(stage, Work("new"))[1]
     assert files_in(tmp_path) == ALL
+
+
+def test_two_processes_do_not_make_the_same(tmp_path):
+    """Nor does the second clear what the first has written; a process that died holds nothing."""
+    stage, inside = first(tmp_path), Work("mine")
+    code = (
+        "import sys; from pathlib import Path; from loopfm_jax.stages import Stage, run\n"
+        "def work(folder):\n"
+        "    print('begun', flush=True); sys.stdin.read(1); return {}\n"
+        "run(Stage('prepare', Path(sys.argv[1]), {}), work)"
+    )
+    argv = [sys.executable, "-c", code, str(stage.directory)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(argv, **pipes) as other:
+        assert other.stdout.readline() == "begun\n"
+        before = files_in(tmp_path)
+        with pytest.raises(UserError, match="another process is making"):
+            run(stage, inside)
+        assert inside.calls == 0 and files_in(tmp_path) == before
+        other.kill()
+    run(stage, inside)
+    assert inside.calls == 1 and files_in(tmp_path) == ALL
 
 
 def test_a_process_that_does_not_see_what_another_has_made(monkeypatch, tmp_path):
