@@ -49,7 +49,7 @@ def import_beam() -> Any:
     except ImportError as error:
         raise UserError(
             f"--engine beam needs Apache Beam, which cannot be imported ({error}): "
-            "pip install 'loopfm-jax[beam]', or use --engine polars"
+            "pip install -e '.[beam]' in its repository, or use --engine polars"
         ) from None
 
 

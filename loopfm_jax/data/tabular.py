@@ -15,6 +15,8 @@ from loopfm_jax.identity import sha256
 
 MS_PER = {"s": 1000.0, "ms": 1.0}
 PER_MS = {"us": 1000, "ns": 1_000_000}
+YEAR_FIRST = r"^\s*\d{4}[-/]?\d{2}[-/]?\d{2}"
+"""Of other dates nobody knows which number is the month."""
 ROLES = ("key", "time", "label", "group", "logged_time")
 """Names of the columns that steer everything; a feature of such a name would be overwritten."""
 
@@ -224,7 +226,8 @@ def _to_ms(raw: pl.Series, unit: str) -> pl.Series:
     if raw.dtype.is_temporal():
         return raw.cast(pl.Datetime("ms")).cast(pl.Int64)
     if unit == "iso":
-        return raw.str.to_datetime(strict=False, time_zone="UTC").dt.epoch("ms")
+        iso = pl.select(pl.when(raw.str.contains(YEAR_FIRST)).then(raw)).to_series()
+        return iso.str.to_datetime(strict=False, time_zone="UTC").dt.epoch("ms")
     if unit in PER_MS:  # beyond what a float64 holds exactly
         return raw.cast(pl.Int64, strict=False) // PER_MS[unit]
     scaled = raw.cast(pl.Float64, strict=False) * MS_PER[unit]
