@@ -26,6 +26,8 @@ from loopfm_jax.study.config import StudyConfig
 from loopfm_jax.vm.methods import find_method
 from loopfm_jax.vm.student import VMConfig
 
+MOST_SEED = 2_000_000_000
+"""Further seeds, and days of a refreshed FM, count on from it, in 32 bits."""
 Control = Literal["swapped-histories", "shuffled-labels"]
 
 
@@ -93,7 +95,7 @@ class Config:
                 "nothing to train: use linear, or --fm.compressor.kind autoencoder"
             )
         check_limits("config", {"seeds": self.seeds}, low=1)
-        check_limits("config", {"seed": self.seed}, low=0)
+        check_limits("config", {"seed": self.seed}, low=0, high=MOST_SEED)
 
 
 def load(path: Path) -> Config:

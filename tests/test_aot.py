@@ -119,13 +119,34 @@ def test_a_program_compiles_and_its_bytes_are_told_by_kind(name):
     assert found["links_s"] == pytest.approx(told["collective_bytes"] / 1e9)
 
 
+@pytest.mark.parametrize(
+    ("code", "encoder", "prefix"),
+    [("kmeans4", {}, 0), ("rq", {}, 0), ("rq", {"trainable_codes": True}, 0), ("int4", {}, 4)],
+)
+def test_every_code_that_can_be_exported_can_be_compiled_for(code, encoder, prefix):
+    one = setting()
+    config = one.config
+    config = replace(
+        config,
+        export=replace(config.export, code=code, prefix=prefix),
+        vm=replace(config.vm, encoder=replace(config.vm.encoder, **encoder)),
+    )
+    for name in ("export", "vm-train"):
+        program = PROGRAMS[name](replace(one, config=config))
+        assert program.lowered.compile()
+
+
 def test_work_is_that_of_the_bench():
     one = setting(fill=1.0)
     length = bench_cases.SCHEMA["item_his"].length
     pairs = length * (length + 1) / 2
     each = flops.train(bench_cases.SCHEMA, BACKBONE, tokens=length, pairs=pairs)
-    assert work.work_of(one, "fm-train", 10) == pytest.approx(10 * each)
-    assert work.work_of(one, "export", 10) == pytest.approx(10 * each / 3)
+    compressor, inputs = one.config.fm.compressor, 16  # hidden_0
+    train = each + flops.compressor_train(compressor, inputs)
+    assert work.work_of(one, "fm-train", 10) == pytest.approx(10 * train)
+    export = each / 3 + flops.compressor(compressor, inputs)
+    assert work.work_of(one, "export", 10) == pytest.approx(10 * export)
+    assert flops.compressor(compressor, inputs) == 2 * (16 * 128 + 128 * 8)
     assert work.work_of(one, "vm-train", 10) > 10 * each
 
 

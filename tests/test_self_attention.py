@@ -1,5 +1,6 @@
 """Ways of self-attention: all the same function, and which of them is taken."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -23,7 +24,7 @@ from loopfm_jax.packing import lay_out
 
 L, H, D, T = 5, 2, 8, 16
 LENGTH = np.array([3, 5, 0, 1, 4], np.int32)
-SHAPE = Shape(T, 3 * H * D, H, len(LENGTH), L, L, "float32")
+SHAPE = Shape(T, 3 * H * D, H, len(LENGTH), L, L, "float32", "cpu")
 ON_CPU = {
     "cudnn": partial(padded, kernel="xla"),  # the same layout and mask
     "pallas": partial(windowed, interpret=True),
@@ -93,6 +94,13 @@ def test_the_faster_one_is_taken_and_measured_once_per_shape(monkeypatch, capsys
     seconds["cudnn"] = 3e-3
     choose.cache_clear()
     assert choose(SHAPE) == "blocks"
+
+
+def test_what_is_compiled_for_a_device_elsewhere_is_not_measured_on_this_one(monkeypatch, capsys):
+    monkeypatch.setattr(self_attention, "measure", lambda way, shape: pytest.fail("measured"))
+    assert choose(SHAPE) == "blocks"
+    assert choose(replace(SHAPE, platform="tpu")) == "blocks"
+    assert "no tpu is here" in capsys.readouterr().err
 
 
 def test_what_cannot_run_is_said_and_left_out(capsys):

@@ -93,7 +93,8 @@ def find(topology: str) -> Slice:
 def _tpus(topology: str) -> Sequence[Any]:
     if find_spec("libtpu") is None:
         raise UserError(
-            f"compiling for {topology} takes the TPU compiler: pip install 'loopfm-jax[aot]'"
+            f"compiling for {topology} takes the TPU compiler: pip install -e '.[aot]' in its "
+            "repository"
         )
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)

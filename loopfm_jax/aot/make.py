@@ -14,7 +14,7 @@ import jax
 
 from loopfm_jax.aot import chips, report
 from loopfm_jax.aot.account import account, estimate
-from loopfm_jax.aot.programs import PROGRAMS, Setting, with_dtype
+from loopfm_jax.aot.programs import PROGRAMS, Setting, codec_of, with_dtype
 from loopfm_jax.aot.work import work_of
 from loopfm_jax.bench.child import PACKAGES, versions
 from loopfm_jax.config import Config
@@ -91,7 +91,7 @@ def _jobs(
 
 
 def _count(config: Config, schema: Schema, side: Literal["fm", "vm"], backbone: Any) -> Size:
-    return measure(builder(config, side, backbone, schema))
+    return measure(builder(config, side, backbone, schema, codec_of(config)))
 
 
 def _compile(

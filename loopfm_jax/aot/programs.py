@@ -14,6 +14,7 @@ from loopfm_jax import infer, loop, rows, sharding
 from loopfm_jax.aot import shapes
 from loopfm_jax.config import Config
 from loopfm_jax.data.schema import Schema
+from loopfm_jax.fm import codebook
 from loopfm_jax.fm.exporter import code_width, log_batch
 from loopfm_jax.fm.teacher import Teacher
 from loopfm_jax.fm.teacher import loss as teacher_loss
@@ -41,6 +42,13 @@ class Program:
     """Of a step, all devices together."""
 
 
+def codec_of(config: Config) -> Codec:
+    """How codes are stored, in a book of zeros where they need one."""
+    export, width = config.export, code_width(config.export, config.fm)
+    book = codebook.blank(export.code, width=width, books=export.books)
+    return Codec(export.code, width, book)
+
+
 @dataclass(frozen=True)
 class Setting:
     """What is compiled: an experiment over a schema, on a mesh."""
@@ -51,7 +59,7 @@ class Setting:
 
     @property
     def codec(self) -> Codec:
-        return Codec(self.config.export.code, code_width(self.config.export, self.config.fm))
+        return codec_of(self.config)
 
     def examples(self, configured: int) -> int:
         """A step's, of all devices."""
@@ -65,7 +73,7 @@ class Setting:
 def fm_train(setting: Setting) -> Program:
     """Teacher and compressor, as `train-fm` trains them."""
     config = setting.config.fm
-    task = loop.Trainable(_teacher(setting), partial(teacher_loss, config=config))
+    task = loop.Trainable(teacher(setting), partial(teacher_loss, config=config))
     examples = setting.examples(config.train.order.batch)
     batch = setting.batch(_read_by_fm(setting), examples)
     return _training(task, config.train, setting.mesh, batch, None, examples)
@@ -74,11 +82,12 @@ def fm_train(setting: Setting) -> Program:
 def vm_train(setting: Setting) -> Program:
     """A student of LoopFM alone, which reads one store."""
     config, mesh = setting.config.vm, setting.mesh
-    build = builder(setting.config, "vm", config.backbone, setting.schema.for_vm())
+    schema = setting.schema.for_vm()
+    build = builder(setting.config, "vm", config.backbone, schema, setting.codec)
     task = loop.Trainable(build, partial(Student.loss, config=config.distil))
     examples = setting.examples(config.train.order.batch)
     longest = setting.config.history.length
-    schema = _read(setting.schema.for_vm(), config.backbone.reads_behaviours)
+    schema = _read(schema, config.backbone.reads_behaviours)
     past = shapes.past(
         setting.codec,
         mesh,
@@ -93,7 +102,7 @@ def vm_train(setting: Setting) -> Program:
 def export(setting: Setting) -> Program:
     """Batch -> stored bytes, as `export` runs it."""
     config, mesh = setting.config, setting.mesh
-    model = nnx.eval_shape(lambda: _teacher(setting)(Rngs(0)))
+    model = nnx.eval_shape(lambda: teacher(setting)(Rngs(0)))
     plain = nnx.to_pure_dict(nnx.state(model))
     state = shapes.place(plain, sharding.for_state(mesh, plain))
     examples = setting.examples(config.export.batch)
@@ -145,7 +154,8 @@ def _parts(params: Any) -> dict[str, Any]:
     return {"dense": dense, "tables": tables}
 
 
-def _teacher(setting: Setting) -> Callable[[nnx.Rngs], Teacher]:
+def teacher(setting: Setting) -> Callable[[nnx.Rngs], Teacher]:
+    """As `train-fm` builds it."""
     schema, config = _read_by_fm(setting), setting.config.fm
     return lambda rngs: Teacher(schema, config, rngs=rngs)
 

@@ -1,7 +1,10 @@
 """Operations of a program's step, by the counts of `bench.flops`."""
 
-from loopfm_jax.aot.programs import Setting
+from flax import nnx
+
+from loopfm_jax.aot.programs import Setting, teacher
 from loopfm_jax.bench import flops
+from loopfm_jax.rngs import Rngs
 
 
 def work_of(setting: Setting, program: str, examples: int) -> float:
@@ -14,10 +17,8 @@ def work_of(setting: Setting, program: str, examples: int) -> float:
     tokens, pairs = _lengths([schema[name].length for name in schema.groups], fill)
     if not backbone.reads_behaviours:
         tokens = pairs = 0.0
-    count = flops.forward if program == "export" else flops.train
     if program != "vm-train":
-        each = count(schema, backbone, tokens=tokens, pairs=pairs)
-        return examples * each
+        return examples * _teacher(setting, program, tokens=tokens, pairs=pairs)
     encoder, width = config.vm.encoder, backbone.tables.width
     entries, entry_pairs = _lengths([config.history.length], fill)
     each = flops.train(schema, backbone, tokens=tokens, pairs=pairs, extra_fields=encoder.fields)
@@ -30,6 +31,17 @@ def work_of(setting: Setting, program: str, examples: int) -> float:
         pairs=entry_pairs,
     )
     return examples * each
+
+
+def _teacher(setting: Setting, program: str, *, tokens: float, pairs: float) -> float:
+    """Of an example in the FM and its compressors."""
+    config, model = setting.config.fm, nnx.eval_shape(lambda: teacher(setting)(Rngs(0)))
+    if program == "export":
+        count, compress = flops.forward, flops.compressor
+    else:
+        count, compress = flops.train, flops.compressor_train
+    each = count(setting.schema, config.backbone, tokens=tokens, pairs=pairs)
+    return each + sum(compress(config.compressor, c.inputs) for c in model.compressors)
 
 
 def _lengths(longest: list[int], fill: float) -> tuple[float, float]:

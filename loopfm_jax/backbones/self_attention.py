@@ -80,7 +80,8 @@ def self_attend(
     draws = rate > 0 and key is not None
     slots, width = qkv_TX.shape
     window = min(window or tokens.length, tokens.length)
-    shape = Shape(slots, width, heads, tokens.examples, tokens.length, window, qkv_TX.dtype.name)
+    sizes = (slots, width, heads, tokens.examples, tokens.length, window)
+    shape = Shape(*sizes, qkv_TX.dtype.name, sharding.platform())
     way = "blocks" if draws or weigh or sharding.devices() > 1 else choose(shape)
     if way != "blocks":
         return WAYS[way](tokens, qkv_TX, heads=heads, window=window)
@@ -230,6 +231,8 @@ class Shape:
     length: int
     window: int
     dtype: DTypeLike
+    platform: str
+    """What the step is compiled for."""
 
 
 @cache
@@ -244,8 +247,11 @@ def choose(shape: Shape) -> str:
         if forced not in WAYS:
             raise UserError(f"{CHOICE}={forced}: there are {', '.join(WAYS)}")
         return forced
-    ways = ON.get(sharding.platform(), ("blocks",))
+    ways = ON.get(shape.platform, ("blocks",))
     if len(ways) == 1:
+        return ways[0]
+    if shape.platform != jax.default_backend():
+        say(f"self-attention of {shape.slots} slots: {ways[0]}, as no {shape.platform} is here")
         return ways[0]
     with ThreadPoolExecutor(1) as apart:  # the step that is being traced goes on in this thread
         seconds = {way: apart.submit(measure, way, shape).result() for way in ways}

@@ -58,12 +58,18 @@ def train(
     return 3 * forward(schema, config, tokens=tokens, pairs=pairs, extra_fields=extra_fields)
 
 
+def compressor(config: CompressorConfig, inputs: int) -> float:
+    """FLOPs of one code of an activation [inputs]."""
+    hidden = config.hidden if config.kind == "autoencoder" else ()
+    return chain(inputs, *hidden, config.width)
+
+
 def compressor_train(config: CompressorConfig, inputs: int) -> float:
     """FLOPs of one example in a compressor of activations [inputs], which get no gradient."""
+    code = compressor(config, inputs)
     if config.kind != "autoencoder":
-        return chain(inputs, config.width)
+        return code
     prefixes = {*config.prefixes, config.width}
-    code = chain(inputs, *config.hidden, config.width)
     back = sum(chain(prefix, *config.hidden[::-1], inputs) for prefix in prefixes)
     return 3 * (code + back) - chain(inputs, *config.hidden[:1] or (config.width,))
 

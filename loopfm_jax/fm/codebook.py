@@ -28,6 +28,12 @@ def fit(z: np.ndarray, code: Code, *, books: int, seed: int) -> np.ndarray | Non
     return None
 
 
+def blank(code: Code, *, width: int, books: int) -> np.ndarray | None:
+    """A book of zeros, for who asks for shapes."""
+    shapes = {"kmeans4": (width, CENTRES), "rq": (books, VECTORS, width)}
+    return np.zeros(shapes[code], np.float32) if code in shapes else None
+
+
 def _centres(values: np.ndarray) -> np.ndarray:
     """16 rising centres of one dimension, from its quantiles on: no chance involved."""
     start = np.quantile(values, (np.arange(CENTRES) + 0.5) / CENTRES)

@@ -70,6 +70,11 @@ def _check(config: Config, sweep: Sweep) -> None:
             f"{side}.train.order.batch is {batch}; it must be at most scale.examples "
             f"({config.scale.examples}) and a multiple of mesh.data ({config.mesh.data})"
         )
+    if sweep == "vm" and config.vm.encoder.trainable_codes:
+        raise UserError(
+            "the histories that scale generates are int4, whose codes name no vectors to train: "
+            "leave --vm.encoder.trainable-codes out"
+        )
     if backbone.name not in COUNTED:
         raise UserError(
             f"{side}.backbone.name is {backbone.name}, whose operations are not counted: scale "
@@ -136,13 +141,20 @@ def _read_by(backbone: BackboneConfig, schema: Schema) -> Schema:
 
 
 def builder(
-    config: Config, sweep: Sweep, backbone: BackboneConfig, schema: Schema
+    config: Config,
+    sweep: Sweep,
+    backbone: BackboneConfig,
+    schema: Schema,
+    codec: Codec | None = None,
 ) -> Callable[[nnx.Rngs], nnx.Module]:
-    """What a sweep trains, with this backbone."""
+    """What a sweep trains, with this backbone.
+
+    codec: of the histories that a VM reads; default: int4, as they are generated.
+    """
     schema = _read_by(backbone, schema)
     if sweep == "vm":
         vm: VMConfig = replace(config.vm, backbone=backbone)
-        reading = read_codes(Codec("int4", config.fm.compressor.width))
+        reading = read_codes(codec or Codec("int4", config.fm.compressor.width))
         method = find_method("loopfm")
         return lambda rngs: Student(schema, vm, method, reading, rngs=rngs)
     fm: FMConfig = replace(config.fm, backbone=backbone)
