@@ -20,5 +20,5 @@ def test_options_are_passed_on_as_they_are():
 
 def test_without_beam_the_message_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
-    with pytest.raises(UserError, match=r"loopfm-jax\[beam\].*--engine polars"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[beam\]'.*--engine polars"):
         import_beam()
