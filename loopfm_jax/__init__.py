@@ -12,6 +12,7 @@ Dimension key, used as array suffixes everywhere:
 """
 
 from loopfm_jax.memory import share_arena
+from loopfm_jax.simulated import give_threads
 from loopfm_jax.vectors import sort_by_avx2
 
 __version__ = "0.1.0"
@@ -19,3 +20,4 @@ __version__ = "0.1.0"
 # Here, because libraries start threads when they are imported, and numpy chooses its loops then.
 share_arena()
 sort_by_avx2()
+give_threads()
