@@ -6,16 +6,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from command_line import CommandLine
 from flax import nnx
 
+from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.data.log import load
+from loopfm_jax.data.schema import Field, Schema
 from loopfm_jax.errors import UserError
 from loopfm_jax.fm import refresh
+from loopfm_jax.fm.compressor import CompressorConfig
 from loopfm_jax.fm.exporter import ExportConfig
+from loopfm_jax.fm.teacher import FMConfig, Teacher
+from loopfm_jax.rngs import Rngs
+from loopfm_jax.tables import TableConfig
 
 KINDS = ("fresh", "linear", "ema", "anchored")
 FOUR_DAYS = ("--export.refresh-hours", "96")
@@ -47,6 +54,27 @@ def test_an_average_of_models_is_that_of_their_numbers():
     expected = 0.25 * old.kernel[...] + 0.75 * new.kernel[...]
     np.testing.assert_allclose(mixed.kernel[...], expected, rtol=1e-6)
     assert not jnp.array_equal(mixed.kernel[...], new.kernel[...])
+
+
+def test_an_anchor_leaves_the_running_statistics_alone():
+    schema = Schema((Field("item", 10),), item=("item",))
+    config = FMConfig(
+        BackboneConfig(hidden=(4,), norm="hidden", tables=TableConfig(width=2)),
+        compressor=CompressorConfig(width=2, prefixes=(2,), hidden=(4,)),
+    )
+    ids_BF = jnp.arange(1, 9, dtype=jnp.int32)[:, None]
+    batch = {"ids_BF": ids_BF, "floats_BN": jnp.zeros((8, 0)), "events": {}}
+    batch |= {"label_B": jnp.ones(8), "weight_B": jnp.ones(8)}
+    batch |= {"anchor": {"hidden_0": jnp.zeros((8, 2))}}
+
+    def statistics(weight: float) -> list[np.ndarray]:
+        model = Teacher(schema, config, rngs=Rngs(0))
+        key = jax.random.key(0)
+        refresh.anchored(model, batch, None, key, config=config, weight=weight)
+        return jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+
+    for held, free in zip(statistics(1.0), statistics(0.0), strict=True):
+        np.testing.assert_array_equal(held, free)
 
 
 def test_every_day_is_logged_by_an_fm_that_saw_the_days_before_and_no_more(exported):

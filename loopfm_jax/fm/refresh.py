@@ -148,11 +148,12 @@ def anchored(
     config: FMConfig,
     weight: float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The teacher's loss plus `weight` times the mean squared distance to the anchor's codes."""
+    """The teacher's loss plus `weight` times the mean squared distance to the anchor's codes, of
+    codes as they are exported: by running statistics, which are read and not moved again."""
     total, numbers = loss(model, batch, past, key, config=config)
     if not weight:
         return total, numbers
-    codes = model(batch, past, key=key).codes
+    codes = model(batch, past).codes
     apart_B = sum(
         jnp.square(codes[tap][:, : z.shape[1]] - z).mean(axis=1)
         for tap, z in batch["anchor"].items()
