@@ -99,11 +99,16 @@ def check_ages(world: World, _) -> None:
 
 
 def check_swapped(world: World, _) -> None:
-    """By gradient: swapped histories are as long as before, and all of other keys."""
+    """By gradient: swapped histories are all of other keys and of before, and as long as before
+    where another key's was."""
     examples = world.examples(swap=True)
-    key, sees = world.log["key"][world.exported], depends(world, examples)
+    key, time, logged = (world.log[n][world.exported] for n in ("key", "time", "logged_time"))
+    sees = depends(world, examples)
     assert not (sees & (key[:, None] == key)).any()
-    np.testing.assert_array_equal(sees.sum(axis=1), [len(s) for s in world.may_see()])
+    assert not (sees & (logged >= time[:, None])).any()
+    own = np.array([len(s) for s in world.may_see()])
+    known = [own[:i][key[:i] != key[i]].max(initial=0) for i in range(len(own))]
+    np.testing.assert_array_equal(sees.sum(axis=1), np.minimum(own, known))
 
 
 CHECKS = (check_histories, check_labels, check_behaviours, check_ages, check_swapped)
@@ -217,7 +222,8 @@ MUTANTS = {
         "rows - self.first - 1,",
         JOIN,
     ),
-    "own slice kept": (by_swap, store, "if own.any()", "if False", (train, "swapped")),
+    "own slice kept": (by_swap, store, "key[1:] != key[:-1]", "key[1:] >= 0", (train, "swapped")),
+    "slices of later": (by_swap, store, "order[start - 1]", "order[-1]", (train, "swapped")),
     "ranks turned": (
         by_history,
         packing,
@@ -280,8 +286,8 @@ def test_a_planted_leak_is_caught(world, monkeypatch, name):
 
 @settings(max_examples=1000, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), min_size=2, max_size=16))
-def test_no_swapped_example_keeps_a_row_of_its_key(log):
-    key, time = np.array(log, np.int64).T
+def test_no_swapped_example_sees_a_row_of_its_key_or_of_its_future(log):
+    key, time = np.array(sorted(log, key=lambda row: row[1]), np.int64).T
     order, end, length = slices.slices(
         entry_key=key, entry_time=time, query_key=key, query_time=time, config=SliceConfig()
     )
@@ -295,12 +301,12 @@ def test_no_swapped_example_keeps_a_row_of_its_key(log):
     for i in range(len(key)):
         rows = order[swapped_end[i] - swapped_length[i] : swapped_end[i]]
         assert len(rows) == swapped_length[i] and not (key[rows] == key[i]).any()
-        # As long as before, or as the longest that any other key has.
-        assert swapped_length[i] == min(length[i], length[key != key[i]].max())
-    for n in np.unique(length):  # and shuffled, not all borrowed from one, where that can be
-        group = length == n
-        if 2 * np.unique(key[group], return_counts=True)[1].max() <= group.sum():
-            assert sorted(swapped_end[group]) == sorted(end[group])
+        assert (time[rows] < time[i]).all()
+        # As long as before, or as the longest that any other key had by then.
+        others = np.flatnonzero(key[:i] != key[i])
+        assert swapped_length[i] == min(length[i], length[others].max(initial=0))
+        if length[i] and length[i] in length[others]:  # of the latest whose was as long
+            assert swapped_end[i] == end[others[length[others] == length[i]][-1]]
 
 
 # --------------------------------------------------------------------------- the FM's cutoff

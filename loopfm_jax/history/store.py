@@ -157,12 +157,14 @@ def swapped(histories: Histories, keys: Mapping[str, np.ndarray]) -> Histories:
 
 
 def swap(store: Store, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(end, length) of every example's history, borrowed from an example of another key.
+    """(end, length) of every example's history, borrowed from an earlier example of another key:
+    what that one saw was logged before the borrower, too.
 
-    Examples of equal history length are ordered by key and the slices are rotated by the size of
-    the largest key among them, so nobody keeps a slice of his own. Where one key holds more than
-    half of such a group, those examples borrow the tail of the longest other history instead: a
-    length shrinks only where nothing longer exists.
+    It is the latest with a history of the same length. Where there is none, the tail of the longest
+    history that another key had by then: a length shrinks only where nothing longer was there.
+
+    Args:
+      key: of the examples, in time order.
     """
     if (key == key[0]).all():
         raise UserError(
@@ -170,19 +172,28 @@ def swap(store: Store, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             "and test windows: leave the control out"
         )
     end, length = np.array(store.end), np.array(store.length)
-    donor = np.arange(len(end))
-    order = np.lexsort((key, length))
-    for group in np.split(order, np.flatnonzero(np.diff(length[order])) + 1):
-        largest = np.bincount(np.unique(key[group], return_inverse=True)[1]).max()
-        donor[group] = np.roll(group, largest)
-    own = (key[donor] == key) & (length > 0)
-    if own.any():
-        donor[own] = _longest_of_another_key(key, length, own)
-    return end[donor], np.minimum(length, length[donor])
+    donor = _latest_of_another_key(key, length)
+    alone = (donor < 0) & (length > 0)
+    for name in np.unique(key[alone]):  # at most one key per length
+        mine = alone & (key == name)
+        donor[mine] = _longest_of_another_key(key, length, name)[mine]
+    return end[donor], np.where(donor < 0, 0, np.minimum(length, length[donor]))
 
 
-def _longest_of_another_key(key: np.ndarray, length: np.ndarray, own: np.ndarray) -> np.ndarray:
-    by_length = np.argsort(-length, kind="stable")
-    first = by_length[0]
-    second = by_length[np.argmax(key[by_length] != key[first])]
-    return np.where(key[own] == key[first], second, first)
+def _latest_of_another_key(key: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """The last example of the same length before every one; -1: all of these are of its key."""
+    order = np.argsort(length, kind="stable")
+    key, length = key[order], length[order]
+    longer = np.r_[True, length[1:] != length[:-1]]
+    other = longer | np.r_[True, key[1:] != key[:-1]]
+    start = np.maximum.accumulate(np.where(other, np.arange(len(key)), 0))
+    found = np.empty_like(order)
+    found[order] = np.where(longer[start], -1, order[start - 1])
+    return found
+
+
+def _longest_of_another_key(key: np.ndarray, length: np.ndarray, own: int) -> np.ndarray:
+    """The example with the longest history up to every one, the latest of these; -1: none."""
+    ranked = length.astype(np.int64) * len(key) + np.arange(len(key))
+    longest = np.maximum.accumulate(np.where(key == own, -1, ranked))
+    return np.where(longest < 0, -1, longest % len(key))
