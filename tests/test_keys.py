@@ -49,6 +49,17 @@ def test_keys_that_are_not_there(names, message):
         key_values(make_log([0], [0], [0]), names)
 
 
+@pytest.mark.parametrize("last", [2**21 - 1, 2**21])
+def test_keys_that_would_not_fit_a_number_are_refused(last):
+    """By two rows that 64 bits cannot tell apart once there are more than 2**21 values each."""
+    log = make_log([0, 2**20, last], [0, 0, last], [0, 0, last])
+    if last < 2**21:
+        assert len(set(key_values(log, ("key+item+topic",))["key+item+topic"].tolist())) == 3
+    else:
+        with pytest.raises(UserError, match="2,097,153 x .* more than 2\\*\\*63 keys"):
+            key_values(log, ("key+item+topic",))
+
+
 def test_histories_by_several_keys_and_of_positive_entries(tmp_path, capsys):
     """By a plain rule on the stores on disk, and through a VM that reads both."""
     loopfm = CommandLine(tmp_path, capsys)

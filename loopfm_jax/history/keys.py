@@ -1,5 +1,6 @@
 """What histories may be grouped by: the log's own key, a stored column, or several together."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -68,12 +69,24 @@ def key_columns(names: tuple[str, ...], stored: Iterable[str]) -> tuple[str, ...
 
 
 def joined(names: tuple[str, ...], columns: Mapping[str, Column]) -> dict[str, Together]:
-    """Kind of key -> its keys, of the columns that `key_columns` names."""
+    """Kind of key -> its keys, of the columns that `key_columns` names.
+
+    Raises:
+      UserError: the numbers of a kind would not fit int64.
+    """
     kinds = {name: [columns[_column(part)] for part in name.split("+")] for name in names}
-    return {
-        name: Together(tuple(parts), tuple(_above(p) if len(parts) > 1 else 0 for p in parts))
-        for name, parts in kinds.items()
-    }
+    return {name: _together(name, tuple(parts)) for name, parts in kinds.items()}
+
+
+def _together(name: str, parts: tuple[Column, ...]) -> Together:
+    sizes = tuple(_above(part) if len(parts) > 1 else 0 for part in parts)
+    if math.prod(sizes) > 1 << 63:  # or keys that differ would be one number
+        values = " x ".join(f"{size:,}" for size in sizes)
+        raise UserError(
+            f"history.keys joins {name!r}, of {values} values: more than 2**63 keys; join fewer "
+            "columns"
+        )
+    return Together(parts, sizes)
 
 
 def _column(name: str) -> str:
