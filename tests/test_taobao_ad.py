@@ -226,6 +226,11 @@ WRONG = {
                                                                           .alias("btag"))),
         ["behavior_log", "ipv"],
     ),
+    "no kind of event": (
+        lambda raw: rewrite(raw, "behavior_log", lambda f: f.with_columns(
+            pl.when(pl.int_range(pl.len()) % 5 > 0).then("btag").alias("btag"))),
+        ["behavior_log", "without a btag", "fill or drop"],
+    ),
     "text as user": (
         lambda raw: rewrite(raw, "raw_sample", lambda f: f.with_columns(pl.lit("u1")
                                                                         .alias("user"))),

@@ -33,7 +33,7 @@ def place(raw: RawLog, order: pl.Series, *, scratch: Path) -> RawLog:
       scratch: a folder with room for the events, about 25 bytes each; left as it was.
 
     Raises:
-      UserError: the event log cannot be read.
+      UserError: the event log cannot be read, or an event lacks a value.
     """
     events = raw.events
     assert events is not None
@@ -79,6 +79,7 @@ def _split(events: Events, keys: pl.DataFrame, record: np.dtype, folder: Path) -
         files = [stack.enter_context(path.open("wb")) for path in paths]
         try:
             for batch in scan.collect_batches(chunk_size=BATCH, maintain_order=False):
+                _check_whole(batch, events)
                 rows = np.empty(len(batch), record)
                 for name in batch.columns:
                     rows[name] = batch[name].to_numpy()
@@ -92,6 +93,16 @@ def _split(events: Events, keys: pl.DataFrame, record: np.dtype, folder: Path) -
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"the {events.name} log cannot be read: {reason}") from None
     return paths
+
+
+def _check_whole(batch: pl.DataFrame, events: Events) -> None:
+    for column in events.columns:
+        if empty := batch[column.name].null_count():
+            name = column.shares or column.name
+            raise UserError(
+                f"the {events.name} log holds events without a {name} ({empty:,} among "
+                f"{len(batch):,}); every event needs one: fill or drop those rows"
+            )
 
 
 def _bucket(number: np.ndarray) -> np.ndarray:
