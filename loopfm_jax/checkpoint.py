@@ -18,13 +18,16 @@ from jax.sharding import Mesh
 
 from loopfm_jax import processes, sharding
 from loopfm_jax.rngs import Rngs
-from loopfm_jax.tables import Frozen, with_pretrained
+from loopfm_jax.tables import Frozen, with_pretrained, without_frozen
 
 CHECKPOINTS = "checkpoints"
 
 
 class Saver:
-    """Periodic checkpoints of (state, data iterator) under a folder; a context manager."""
+    """Periodic checkpoints of (state, data iterator) under a folder; a context manager.
+
+    Pretrained tables stay where they are, in the prepared log.
+    """
 
     def __init__(self, directory: Path, *, every: int):
         self._directory, self._every = directory / CHECKPOINTS, every
@@ -52,26 +55,28 @@ class Saver:
         manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
+                state=ocp.args.StandardSave(without_frozen(state)),
                 data=ocp.args.JsonSave(batches.get_state()),  # one, however many processes
                 curve=ocp.args.JsonSave(curve),
             ),
         )
 
     def restore(self, state: Any, batches: grain.DatasetIterator) -> tuple[Any, Any]:
-        """(state, curve) of the newest checkpoint, with the shardings of `state`; moves `batches`
-        to its position. (`state`, None) where there is none."""
+        """(state, curve) of the newest checkpoint, with the shardings and the pretrained tables of
+        `state`; moves `batches` to its position. (`state`, None) where there is none."""
         manager = self._open() if self._directory.exists() else None
         if manager is None or manager.latest_step() is None:
             return state, None
+        wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, without_frozen(state))
         args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)),
+            state=ocp.args.StandardRestore(wanted),
             data=ocp.args.JsonRestore(),
             curve=ocp.args.JsonRestore(),
         )
         restored = manager.restore(manager.latest_step(), args=args)
         batches.set_state(restored["data"])
-        return restored["state"], restored["curve"]
+        learned = jax.tree.map(lambda x, y: x if y is None else y, state, restored["state"])
+        return learned, restored["curve"]
 
 
 def discard(directory: Path) -> None:

@@ -45,12 +45,25 @@ def with_pretrained(rest: Any, tables: Mapping[str, np.ndarray], shardings: Any)
     """
 
     def fill(path: tuple[Any, ...], leaf: jax.Array, where: Any) -> jax.Array:
-        *_, parent, name = ("", "", *(str(getattr(k, "key", k)) for k in path))
-        if parent != "frozen" or name not in tables:
+        name = _frozen_name(path)
+        if name not in tables:
             return leaf
         return sharding.place(np.asarray(tables[name], leaf.dtype), where)
 
     return jax.tree.map_with_path(fill, rest, shardings)
+
+
+def without_frozen(state: Any) -> Any:
+    """A training state with None for its `Frozen` values."""
+    return jax.tree.map_with_path(
+        lambda path, leaf: leaf if _frozen_name(path) is None else None, state
+    )
+
+
+def _frozen_name(path: tuple[Any, ...]) -> str | None:
+    """The field whose frozen table stands at a place of a training state; None: something else."""
+    *_, parent, name = ("", "", *(str(getattr(k, "key", k)) for k in path))
+    return name if parent == "frozen" else None
 
 
 @dataclass(frozen=True)

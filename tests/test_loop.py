@@ -20,7 +20,7 @@ from loopfm_jax.errors import UserError
 from loopfm_jax.optim import OptimConfig
 from loopfm_jax.packing import WHOLE, Parts
 from loopfm_jax.sharding import MeshConfig, make_mesh
-from loopfm_jax.tables import TableConfig
+from loopfm_jax.tables import Frozen, TableConfig
 
 ROWS, WIDTH = 160, 4
 FEATURES = np.random.default_rng(0).normal(size=(ROWS, WIDTH)).astype(np.float32)
@@ -35,6 +35,20 @@ class Noisy(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.linear = nnx.Linear(WIDTH, 1, rngs=rngs)
         self.norm = nnx.BatchNorm(WIDTH, rngs=rngs)
+
+
+class Pretrained(nnx.Module):
+    """A linear model of a table that is never trained."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(WIDTH, 1, rngs=rngs)
+        self.frozen = nnx.Dict({"item": Frozen(jnp.zeros((100 * ROWS, WIDTH)))})
+
+
+def pretrained_loss(model: Pretrained, batch: dict[str, jax.Array], _: Any, __: jax.Array) -> Any:
+    logit_B = model.linear(model.frozen["item"][...][batch["item_B"]])[:, 0]
+    value = jnp.mean(jnp.logaddexp(0, logit_B) - batch["y_B"] * logit_B)
+    return value, {"logloss": value}
 
 
 class Ctr(nnx.Module):
@@ -70,7 +84,13 @@ def assemble(rows: np.ndarray, _: Parts = WHOLE) -> Batch:
 
 
 def run(
-    directory: Path, *, assemble=assemble, config=CONFIG, mesh=None, model=(Noisy, loss)
+    directory: Path,
+    *,
+    assemble=assemble,
+    config=CONFIG,
+    mesh=None,
+    model=(Noisy, loss),
+    pretrained=None,
 ) -> loop.Trained:
     return loop.train(
         loop.Trainable(*model),
@@ -80,6 +100,7 @@ def run(
         mesh=mesh or make_mesh(MeshConfig()),
         seed=3,
         directory=directory,
+        pretrained=pretrained,
     )
 
 
@@ -113,6 +134,28 @@ def test_a_resumed_run_ends_bit_equal(tmp_path: Path, stop_at: int) -> None:
     assert len(steps) <= total - (stop_at - 3) // CONFIG.checkpoint_steps * CONFIG.checkpoint_steps
     checkpoint.discard(tmp_path / "torn")
     assert not (tmp_path / "torn" / "checkpoints").exists()
+
+
+def test_a_pretrained_table_is_no_part_of_checkpoints(tmp_path: Path) -> None:
+    table_VE = np.random.default_rng(1).normal(size=(100 * ROWS, WIDTH)).astype(np.float32)
+    how = {"model": (Pretrained, pretrained_loss), "pretrained": {"item": table_VE}}
+    stop_at = ROWS
+
+    def dies(rows: np.ndarray, _: Parts = WHOLE) -> Batch:
+        nonlocal stop_at
+        stop_at -= 1
+        if not stop_at:
+            raise RuntimeError("killed")
+        return {"item_B": rows.astype(np.int32), "y_B": LABEL[rows]}
+
+    whole, stop_at = run(tmp_path / "whole", assemble=dies, **how), 13
+    with pytest.raises(RuntimeError, match="killed"):
+        run(tmp_path / "torn", assemble=dies, **how)
+    files = [f for f in (tmp_path / "torn" / "checkpoints").rglob("*") if f.is_file()]
+    assert files and sum(f.stat().st_size for f in files) < table_VE.nbytes / 2
+    resumed = run(tmp_path / "torn", assemble=dies, **how)
+    for a, b in zip(values(whole), values(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("rule", ["adam", "rowwise_rms", "lazy_adam"])
