@@ -50,11 +50,16 @@ class Predictor:
         """Probabilities of these rows, float32 [rows]; more than the largest bucket in turn.
 
         Raises:
-          UserError: a row is not of the VM's or a later window.
+          UserError: a row is no whole number, or not of the VM's or a later window.
         """
         rows, largest = np.asarray(rows), self.buckets[-1]
-        if not len(rows):
+        if rows.shape == (0,):
             return np.zeros(0, np.float32)
+        if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer):
+            raise UserError(
+                f"asked for {rows.dtype} of shape {rows.shape}: give row numbers of the prepared "
+                "log, whole ones, in one dimension"
+            )
         first, stop = self.examples.inputs.splits["vm"].start, len(self.examples.inputs.log)
         if rows.min() < first or rows.max() >= stop:
             raise UserError(

@@ -98,6 +98,13 @@ def test_rows_that_it_cannot_answer(predictor):
             predictor(np.array([row]))
 
 
+def test_what_is_no_list_of_row_numbers(predictor):
+    first = predictor.examples.inputs.splits["vm"].start
+    for rows in (first, [[first]], [float(first)], [np.nan], [True], ["a"], None, [[]]):
+        with pytest.raises(UserError, match="row numbers .* whole ones, in one dimension"):
+            predictor(rows)
+
+
 @pytest.mark.parametrize("buckets", [(), (0, 4)])
 def test_buckets_that_make_no_sense(predictor, buckets):
     with pytest.raises(UserError, match="buckets are"):
