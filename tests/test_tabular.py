@@ -248,6 +248,16 @@ def test_a_feature_may_not_be_called_as_what_steers(tmp_path, name):
         source.read()
 
 
+@pytest.mark.parametrize("name", ["a/b", "item/values"])
+def test_what_histories_are_grouped_by_names_files(tmp_path, name):
+    make_table(200).rename({"item": name}).write_parquet(tmp_path / "log.parquet")
+    source = replace(SOURCE, files=(str(tmp_path / "log.parquet"),), categorical=(name, "surface"))
+    with pytest.raises(UserError, match=f"grouped by '{name}'.*rename .* data.keys"):
+        source.read()
+    log, _ = load(prepared_from(replace(source, keys=("surface",)), tmp_path / "log"))
+    assert log.schema.categorical[0].name == name  # as a mere feature it may stay
+
+
 def test_columns_of_other_kinds_in_another_file(tmp_path):
     make_table().write_parquet(tmp_path / "a.parquet")
     make_table().with_columns(pl.concat_list("item")).write_parquet(tmp_path / "b.parquet")

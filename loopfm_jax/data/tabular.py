@@ -170,6 +170,12 @@ class TabularLog:
                         f"data.{option} names {name!r}, which is not among the {kinds} "
                         f"({', '.join(allowed) or 'none'})"
                     )
+        for name in self._item if self.keys is None else self.keys:
+            if "/" in name:
+                raise UserError(
+                    f"histories may be grouped by {name!r}, but no file can have that name: rename "
+                    "the column, or name others under data.keys"
+                )
         if not set(self._item) - set(self.fm_only):
             raise UserError(
                 "no categorical column that vertical models see describes the candidate; name at "
