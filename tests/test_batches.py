@@ -57,8 +57,17 @@ def test_every_row_is_seen_once_an_epoch(count, batch, epochs, order):
 def test_only_the_last_batch_is_filled_up_and_its_filling_weighs_nothing():
     batches = list(iterate(make(batch=10)))
     assert [b["weight_B"].tolist() for b in batches] == [[1] * 10] * 2 + [[1] * 3 + [0] * 7]
-    assert batches[2]["row_B"].tolist() == [120, 121, 122, 120, 121, 122, 120, 121, 122, 120]
+    assert batches[2]["row_B"].tolist() == [120, 121, 122, 113, 114, 115, 116, 117, 118, 119]
     assert batches[0]["weight_B"].dtype == np.float32
+
+
+def test_one_row_of_the_last_batch_is_not_all_that_its_statistics_see():
+    rows = np.arange(4097)
+    for order in ("time", "shuffled", "mixed"):
+        last = make(rows=rows, batch=64, epochs=2, order=order)[129]
+        assert last["weight_B"].sum() == 1 and len(set(last["row_B"])) == 64, order
+    alone = make(rows=rows[:3], batch=8)[0]
+    assert set(alone["row_B"]) == {0, 1, 2} and alone["weight_B"].sum() == 3
 
 
 def test_time_order_and_shuffled_epochs():

@@ -5,7 +5,7 @@ slower). Three orders: passes in time order (the paper's streaming protocol), ep
 permutation, and epochs that mix: blocks in random order, the rows of 16 of them permuted together.
 Mixing reads a log that is larger than memory block by block; the price is that rows which are
 neighbours in time stay within some 16 batches of 4,096 of one another. The last batch of a pass is
-filled up with repeats of weight 0: no row is dropped, no shape changes.
+filled up with rows of weight 0: no row is dropped, no shape changes.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,9 @@ class GlobalBatches(grain.sources.RandomAccessDataSource):
 
     Args:
       rows: row numbers of the window in time order.
-      assemble: row numbers [B] -> columns; `weight_B` is added here.
+      assemble: row numbers [B] -> columns; `weight_B` is added here, 0 of rows that fill a batch
+        up, in the last batch those of the one before: what a model notes of a batch (a running
+        mean) is of them, too.
       parts: how batches are laid out.
       seating: who stands where; default: rows as they come, in parts of one size.
     """
@@ -97,11 +99,15 @@ class GlobalBatches(grain.sources.RandomAccessDataSource):
             return self._mixture.part(epoch, low, high)
         return (self._rows if self._config.order == "time" else self._epoch_rows(epoch))[low:high]
 
+    def _batch(self, record_key: Any, *, before: int = 0) -> np.ndarray:
+        """A batch's rows, or those of a batch before it in its epoch."""
+        epoch, step = divmod(int(record_key), self._steps_per_epoch)
+        low = (step - before) * self._config.batch
+        return self._part(epoch, max(low, 0), low + self._config.batch)
+
     def _seated(self, record_key: Any) -> tuple[np.ndarray, np.ndarray]:
         """A batch's rows, and which of them stands at every place."""
-        epoch, step = divmod(int(record_key), self._steps_per_epoch)
-        size = self._config.batch
-        rows = self._part(epoch, step * size, (step + 1) * size)
+        rows, size = self._batch(record_key), self._config.batch
         if self._seating is not None:
             return rows, self._seating(rows)
         place_B = np.arange(size)
@@ -114,8 +120,11 @@ class GlobalBatches(grain.sources.RandomAccessDataSource):
 
     def __getitem__(self, record_key) -> Batch:
         rows, at_B = self._seated(record_key)
-        filled_B = np.where(at_B < 0, np.arange(len(at_B)) % len(rows), at_B)
-        batch = self._assemble(rows[filled_B], self._parts)
+        spare = rows
+        if len(rows) < self._config.batch < len(self._rows):
+            spare = self._batch(record_key, before=1)  # or its few rows would be all its statistics
+        rows_B = np.where(at_B < 0, np.resize(spare, len(at_B)), rows[at_B])
+        batch = self._assemble(rows_B, self._parts)
         return batch | {"weight_B": self._parts.mine((at_B >= 0).astype(np.float32))}
 
 
