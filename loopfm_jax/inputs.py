@@ -123,7 +123,7 @@ def open_inputs(
         residency = "memory"
     log, splits = load(directory, residency=residency)
     schema = log.schema if reader == "fm" else log.schema.for_vm()
-    log = log.select(schema if behaviours else schema.without_behaviours())
+    log = log.select(schema.read(behaviours=behaviours))
     log, past_ms = _with_past(log)
     return Inputs(log, splits, past_ms if timed else None)
 

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from loopfm_jax.svg import GRID, INK, RC, SERIES, draw_legend, new_axes, render, style
+from loopfm_jax.units import short
 
 CURVES = {  # (of the FM?, term) -> title, caption
     (True, "logloss"): ("Training of the FM", "LogLoss on the FM's training window, in order."),
@@ -111,7 +112,7 @@ def _by_length(report: Report) -> Plot | None:
         axes.text(0, 1.01, "cold start", transform=axes.get_xaxis_transform(), ha="center")
     for method, values in table["auc"].items():
         _line(axes, method, place, _floats(values))
-    names = [f"{b}\n{_short(n)}" for b, n in zip(bins, table["rows"], strict=True)]
+    names = [f"{b}\n{short(n)}" for b, n in zip(bins, table["rows"], strict=True)]
     axes.set_xticks(place, names)
     axes.set_xlim(-0.5, len(bins) - 0.5)
     axes.set_xlabel("entries in the history (below: judged rows)")
@@ -145,7 +146,7 @@ def _curve(series: Mapping[str, list[Report]], key: tuple[bool, str]) -> Plot:
         steps, values = [p["step"] for p in points], _floats(p.get(term) for p in points)
         _line(axes, method, steps, values, markevery=(style(method) % every, every))
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+    axes.xaxis.set_major_formatter(lambda value, _: short(value))
     axes.set_xlabel("step")
     axes.set_ylabel("LogLoss" if term == "logloss" else "loss")
     draw_legend(figure, list(series))
@@ -186,7 +187,7 @@ def _lengths(report: Report) -> Plot | None:
     axes.vlines(length, 0, rows, color=SERIES[style("loopfm")][0], linewidth=width)
     axes.set_ylim(0)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.yaxis.set_major_formatter(lambda value, _: _short(value))
+    axes.yaxis.set_major_formatter(lambda value, _: short(value))
     axes.set_xlabel("entries in the history")
     axes.set_ylabel("judged rows")
     caption = "How many rows have a history of each length; longer ones are cut to the last bar."
@@ -200,10 +201,3 @@ def _line(axes: Axes, method: str, x: Any, y: np.ndarray, **options: Any) -> Non
 
 def _floats(values: Iterable[float | None]) -> np.ndarray:
     return np.array([np.nan if v is None else v for v in values], np.float64)
-
-
-def _short(n: float) -> str:
-    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if n >= limit:
-            return f"{n / limit:.3g}{suffix}"
-    return f"{n:.3g}"

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from loopfm_jax import processes
+from loopfm_jax.units import short
 
 LINE_EVERY_S = 10.0
 console = Console(stderr=True, highlight=False)
@@ -36,7 +37,7 @@ def track(title: str, *, total: int, unit: str) -> Iterator[Callable[[int], None
             def advance(n: int) -> None:
                 progress.update(task, advance=n)
                 rate = progress.tasks[task].completed / (time.monotonic() - started + 1e-9)
-                progress.update(task, rate=f"{_short(rate)} {unit}/s")
+                progress.update(task, rate=f"{short(rate)} {unit}/s")
 
             yield advance
     else:
@@ -59,13 +60,6 @@ class _Lines:
         self._next = now + LINE_EVERY_S
         rate = self._done / (now - self._started)
         left = (self._total - self._done) / rate if rate else 0
-        of = f" of {_short(self._total)}" if self._total else ""
+        of = f" of {short(self._total)}" if self._total else ""
         eta = f", {left:.0f} s left" if self._total else ""
-        say(f"{self._title}: {_short(self._done)}{of} {self._unit}, {_short(rate)}/s{eta}")
-
-
-def _short(n: float) -> str:
-    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if n >= limit:
-            return f"{n / limit:.1f}{suffix}"
-    return f"{n:.0f}"
+        say(f"{self._title}: {short(self._done)}{of} {self._unit}, {short(rate)}/s{eta}")

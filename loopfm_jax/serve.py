@@ -2,8 +2,7 @@
 
 Requests are filled up to a bucket of examples, their histories to a share of the slots that those
 could fill; every pair is compiled when the predictor is opened, so that no request waits for a
-compiler. Nothing of the FM is called: what it left behind is read where it lies (PAPER section 1,
-stage 5).
+compiler. Nothing of the FM is called: what it left behind is read where it lies (PAPER section 1).
 """
 
 import math

@@ -2,8 +2,8 @@
 
 "pjit" in this project means `jax.jit` with these shardings. Tables are split by rows over all
 devices, kernels of a DNN by columns over `model`, a compressor's as the activation that it reads,
-batches over `data`; everything else is replicated. With FSDP a DNN's kernels lie split over `data`
-too, and are gathered for the step.
+batches, and a store that is read alone, over `data`; everything else is replicated. With FSDP a
+DNN's kernels lie split over `data` too, and are gathered for the step.
 """
 
 import math

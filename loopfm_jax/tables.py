@@ -46,7 +46,7 @@ def with_pretrained(rest: Any, tables: Mapping[str, np.ndarray], shardings: Any)
 
     def fill(path: tuple[Any, ...], leaf: jax.Array, where: Any) -> jax.Array:
         name = _frozen_name(path)
-        if name not in tables:
+        if name is None or name not in tables:
             return leaf
         return sharding.place(np.asarray(tables[name], leaf.dtype), where)
 

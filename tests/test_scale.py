@@ -26,8 +26,9 @@ from loopfm_jax.optim import OptimConfig
 from loopfm_jax.scale import job, make, sweep
 from loopfm_jax.scale.config import ScaleConfig
 from loopfm_jax.scale.dial import Growth, measure, widen
-from loopfm_jax.scale.plan import Point, builder, plan, schema_of, short
+from loopfm_jax.scale.plan import Point, builder, plan, schema_of
 from loopfm_jax.tables import TableConfig
+from loopfm_jax.units import short
 from loopfm_jax.vm.student import VMConfig
 
 TINY = ("--scale.table-rows", "1000", "--scale.examples", "256", "--scale.seconds", "0")

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 
 from loopfm_jax.errors import UserError
+from loopfm_jax.units import GIB
 
-GIB = 2**30
 QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",

@@ -24,8 +24,9 @@ from loopfm_jax.errors import UserError
 from loopfm_jax.progress import say
 from loopfm_jax.report import finite
 from loopfm_jax.scale.dial import ALIGNED, Growth, Known, Size, measure, turn
-from loopfm_jax.scale.plan import builder, schema_of, short
+from loopfm_jax.scale.plan import builder, schema_of
 from loopfm_jax.sharding import ALL, MeshConfig, mesh_of
+from loopfm_jax.units import short
 
 NO_ROOM = ("RESOURCE_EXHAUSTED", "Ran out of memory")
 

@@ -8,10 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from loopfm_jax.scale.plan import short
 from loopfm_jax.svg import RC, SERIES, WIDTH, render, standalone
-
-GIB = 2**30
+from loopfm_jax.units import GIB, short
 
 
 def draw(found: Mapping[str, Any]) -> str | None:

@@ -87,7 +87,7 @@ def vm_train(setting: Setting) -> Program:
     task = loop.Trainable(build, partial(Student.loss, config=config.distil))
     examples = setting.examples(config.train.order.batch)
     longest = setting.config.history.length
-    schema = _read(schema, config.backbone.reads_behaviours)
+    schema = schema.read(behaviours=config.backbone.reads_behaviours)
     past = shapes.past(
         setting.codec,
         mesh,
@@ -161,11 +161,7 @@ def teacher(setting: Setting) -> Callable[[nnx.Rngs], Teacher]:
 
 
 def _read_by_fm(setting: Setting) -> Schema:
-    return _read(setting.schema, setting.config.fm.backbone.reads_behaviours)
-
-
-def _read(schema: Schema, behaviours: bool) -> Schema:
-    return schema if behaviours else schema.without_behaviours()
+    return setting.schema.read(behaviours=setting.config.fm.backbone.reads_behaviours)
 
 
 def with_dtype(config: Config, dtype: Any) -> Config:

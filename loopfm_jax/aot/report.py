@@ -8,7 +8,7 @@ from typing import Any
 from loopfm_jax.aot import picture
 from loopfm_jax.report import pipes, replace_file, text_of
 from loopfm_jax.report_parts import DASH, Grid
-from loopfm_jax.scale.plan import short
+from loopfm_jax.units import GIB, short
 
 Found = Mapping[str, Any]
 HEAD = [
@@ -28,7 +28,6 @@ KINDS = {
 """Kinds of bytes in the order in which they are told."""
 FITS = {True: ("yes", "fits, "), False: ("no", "does not fit, "), None: (DASH, "")}
 """None: nobody knows how much memory simulated devices have."""
-GIB = 2**30
 
 
 def write(found: Found, folder: Path) -> None:

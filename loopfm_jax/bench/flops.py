@@ -27,7 +27,7 @@ def forward(
     """
     if config.name not in COUNTED:
         raise ValueError(f"no count for {config.name}")
-    read = schema if config.reads_behaviours else schema.without_behaviours()
+    read = schema.read(behaviours=config.reads_behaviours)
     width = config.tables.width
     flat = width * (len(read.categorical) + len(read.numeric) + extra_fields)
     total = 0.0
@@ -170,7 +170,7 @@ def arms(
     for pair in schema.behaviours:
         wide = config.tables.width * len(pair.target)
         total += tokens * (chain(wide, wide) + chain(wide, width))
-        told += kunlun.TOLD
+        told += TOLD[config.name]
         layer += ARMS[config.name](config, fields, tokens, pairs)
     mixed = interaction(config, fields, width=width, beside=told)
     return total + config.layers * (layer + LAYERS_OF[config.name] * mixed)
@@ -184,8 +184,7 @@ def interformer_arm(config: BackboneConfig, fields: int, tokens: float, pairs: f
     forward = every * 4 * width * rank
     attend = tokens * 3 * own + cls * own + (pairs + cls * tokens) * 4 * width + every * own
     pool = tokens * 2 * own + interformer.SEEDS * tokens * 4 * width
-    told = cls + interformer.SEEDS + interformer.RECENT
-    return across + forward + attend + pool + told * own
+    return across + forward + attend + pool + TOLD["interformer"] * own
 
 
 def kunlun_arms(config: BackboneConfig, fields: int, tokens: float, pairs: float) -> float:
@@ -210,6 +209,11 @@ def in_window(window: int, tokens: float, pairs: float) -> float:
 
 INTERESTS = {"din": din, "dien": dien, "dmin": dmin, "hstu": hstu}
 ARMS = {"interformer": interformer_arm, "kunlun": kunlun_arms}
+TOLD = {
+    "interformer": interformer.CLS + interformer.SEEDS + interformer.RECENT,
+    "kunlun": kunlun.TOLD,
+}
+"""Tokens of a history that a layer's fields are mixed with."""
 LAYERS_OF = {"interformer": 1, "kunlun": 2}
 """Of what `layers` counts."""
 COUNTED = ("deepfm", "dcnv2", "wukong", *INTERESTS, *ARMS)

@@ -16,8 +16,7 @@ from loopfm_jax.bench.protocol import Measured, Spec, timed
 from loopfm_jax.history.slices import SliceConfig
 from loopfm_jax.history.store import Exported, HistoryConfig
 from loopfm_jax.history.structure import structure, write_store
-
-DAY_MS = 86_400_000
+from loopfm_jax.units import DAY_MS
 
 
 @dataclass(frozen=True)

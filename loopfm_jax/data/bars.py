@@ -19,10 +19,10 @@ from loopfm_jax.data.raw import Column, Pretrained, RawLog, Sequences, Windows
 from loopfm_jax.data.schema import Behaviour
 from loopfm_jax.errors import UserError
 from loopfm_jax.progress import say
+from loopfm_jax.units import DAY_MS
 
 PARTS = ("train", "test")
 TRAIN_DAYS = 7
-DAY_MS = 86_400_000
 START_MS = 946_684_800_000  # 2000-01-01: a date that nobody takes for a real one
 CHUNKS = Windows(
     fm_end="2000-01-05T00:00+00:00",

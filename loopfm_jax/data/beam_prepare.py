@@ -36,7 +36,7 @@ from loopfm_jax.data.fit import (
 from loopfm_jax.data.log import KEY
 from loopfm_jax.data.order import collapse_groups
 from loopfm_jax.data.prepare import columns_of, cut_times, labels, row_ranges, span, write_schema
-from loopfm_jax.data.raw import SPLITS, RawLog
+from loopfm_jax.data.raw import SPLITS, RawLog, Source
 from loopfm_jax.data.schema import Numeric
 from loopfm_jax.data.tabular import TabularLog
 from loopfm_jax.engine import BeamConfig, import_beam, run_pipeline
@@ -51,7 +51,7 @@ class Stretch(NamedTuple):
     stop: int
 
 
-def prepare_by_beam(source: Any, *, directory: Path, beam: BeamConfig) -> dict[str, Any]:
+def prepare_by_beam(source: Source, *, directory: Path, beam: BeamConfig) -> dict[str, Any]:
     """As `prepare.prepare` of what a source reads.
 
     Raises:

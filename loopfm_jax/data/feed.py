@@ -10,8 +10,9 @@ import numpy as np
 from numpy.random import Generator
 
 from loopfm_jax.data.bayes import Floats, Ints, Law
-from loopfm_jax.data.shelf import DAY_MS, OWN, TAG, Shelf
+from loopfm_jax.data.shelf import OWN, TAG, Shelf
 from loopfm_jax.errors import UserError
+from loopfm_jax.units import DAY_MS
 
 # Sizes of effects on the click logit (standard deviations, but FRESHNESS: lift of a new item).
 USER, AFFINITY, FRESHNESS, DAYTIME = 0.4, 0.3, 0.3, 0.15

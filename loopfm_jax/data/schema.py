@@ -133,8 +133,11 @@ class Schema:
         numeric = tuple(n for n in self.numeric if not n.fm_only)
         return self.keep({f.name for f in self.fields if not f.fm_only}, numeric=numeric)
 
+    def read(self, *, behaviours: bool) -> "Schema":
+        """What a model reads that does, or does not, read the sequences of earlier events."""
+        return self if behaviours else self.without_behaviours()
+
     def without_behaviours(self) -> "Schema":
-        """Without the sequences of earlier events, for a model that does not read them."""
         past = {name for b in self.behaviours for name in b.history}
         return self.keep({f.name for f in self.fields} - past, numeric=self.numeric)
 

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.random import Generator
 
 from loopfm_jax.data.bayes import Floats, Ints
+from loopfm_jax.units import DAY_MS
 
 TAGS = 40
 TAG, OWN = 0.5, 0.3
 """Standard deviations of quality: what a tag brings, and what is the item's own."""
-DAY_MS = 86_400_000
 
 
 @dataclass(frozen=True)

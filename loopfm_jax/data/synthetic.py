@@ -29,7 +29,8 @@ from loopfm_jax.data.feed import (
     sigmoid,
 )
 from loopfm_jax.data.raw import Card, Column, RawLog, Windows
-from loopfm_jax.data.shelf import DAY_MS, Shelf, draw_shelf
+from loopfm_jax.data.shelf import Shelf, draw_shelf
+from loopfm_jax.units import DAY_MS
 
 START_MS = 1_704_067_200_000
 """2024-01-01T00:00:00Z."""

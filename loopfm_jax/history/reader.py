@@ -9,7 +9,7 @@ stage 4).
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,6 @@ from loopfm_jax.packing import Tokens, pack
 from loopfm_jax.tables import Embedded, TableConfig
 
 Content = Literal["loopfm", "item-only", "soft", "raw"]
-CONTENTS: tuple[Content, ...] = get_args(Content)
 Array = jax.Array | np.ndarray
 MINUTE, WEEK = 60.0, 7 * 86_400.0
 CODE_RMS = 0.3

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from loopfm_jax.errors import UserError, check_limits
+from loopfm_jax.units import DAY_MS
 
 PART = 1 << 17
 """Events that one thread works on at a time."""
@@ -50,7 +51,8 @@ class SliceConfig:
 
 
 class Slices(NamedTuple):
-    """`order` [S]: entry numbers sorted by (key, time); `end`, `length` [examples] int32/int64."""
+    """`order` [S]: entry numbers sorted by (key, time); `end` int64 and `length`
+    int32 [examples]."""
 
     order: np.ndarray
     end: np.ndarray
@@ -75,7 +77,7 @@ def slices(
       query_key, query_time: [examples] int64; when an example must be answered, ms.
     """
     delay = config.delay_ms
-    retention = round(config.retention_days * 86_400_000)
+    retention = round(config.retention_days * DAY_MS)
     room = 64 - max(len(entry_key), len(query_key)).bit_length()
     entry_key, query_key, first = _small(entry_key, query_key, bits=room)
     entries = _Grouped(entry_key, entry_time, first=first)

@@ -43,9 +43,10 @@ class HistoryConfig(SliceConfig):
     side: tuple[Side, ...] = ()
     """Told to the encoders of every method; the paper tells nothing."""
     residency: Residency = "auto"
-    """Where stores wait for training and inference: whole on every `device`, so that a batch brings
-    two integers per example, or in their files on the `host`, so that it brings its own tokens'
-    codes. `auto`: on the device while they take a quarter of its memory. Results are the same."""
+    """Where stores wait for training and inference: on the `device`s, so that a batch brings two
+    integers per example (one store is split over mesh.data, several are whole on every one), or in
+    their files on the `host`, so that it brings its own tokens' codes. `auto`: on the device while
+    they take a quarter of its memory. Results are the same."""
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from loopfm_jax.progress import say
 from loopfm_jax.report import finite
 from loopfm_jax.scale import report
 from loopfm_jax.scale.law import Law, fit
-from loopfm_jax.scale.plan import plan, short
+from loopfm_jax.scale.plan import plan
 from loopfm_jax.scale.sweep import Machine, Result, ask_machine, run
+from loopfm_jax.units import short
 
 
 def make(config: Config, *, command: str) -> dict[str, Any]:

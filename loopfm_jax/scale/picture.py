@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from loopfm_jax.scale.law import Law
-from loopfm_jax.scale.plan import short
 from loopfm_jax.svg import RC, SERIES, WIDTH, render, standalone
+from loopfm_jax.units import short
 
 Sweep = Mapping[str, Any]
 LOOKS = {"fm": SERIES[0], "vm": SERIES[3], "tables": SERIES[4]}

@@ -17,6 +17,7 @@ from loopfm_jax.fm.teacher import FMConfig, Teacher
 from loopfm_jax.history.codes import Codec
 from loopfm_jax.scale.config import Sweep
 from loopfm_jax.scale.dial import Growth, Size, Turned, measure, turn
+from loopfm_jax.units import short
 from loopfm_jax.vm.methods import find_method
 from loopfm_jax.vm.student import Student, VMConfig
 
@@ -136,10 +137,6 @@ def schema_of(rows: int) -> Schema:
     return replace(schema, fields=tuple(scaled(f) for f in schema.fields))
 
 
-def _read_by(backbone: BackboneConfig, schema: Schema) -> Schema:
-    return schema if backbone.reads_behaviours else schema.without_behaviours()
-
-
 def builder(
     config: Config,
     sweep: Sweep,
@@ -151,7 +148,7 @@ def builder(
 
     codec: of the histories that a VM reads; default: int4, as they are generated.
     """
-    schema = _read_by(backbone, schema)
+    schema = schema.read(behaviours=backbone.reads_behaviours)
     if sweep == "vm":
         vm: VMConfig = replace(config.vm, backbone=backbone)
         reading = read_codes(codec or Codec("int4", config.fm.compressor.width))
@@ -167,7 +164,7 @@ def _spec(
     """What `bench.model` builds from."""
     side = _side(config, sweep)
     spec = {
-        "schema": _read_by(backbone, schema).to_json(),
+        "schema": schema.read(behaviours=backbone.reads_behaviours).to_json(),
         "backbone": asdict(backbone),
         "optim": asdict(side.train.optim),
         "batch": side.train.order.batch,
@@ -184,11 +181,3 @@ def _spec(
         width=config.fm.compressor.width,
     )
     return spec | {"encoder": asdict(config.vm.encoder), "histories": asdict(histories)}
-
-
-def short(size: float) -> str:
-    """1M, 2.5M, 1B."""
-    for limit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if size >= limit:
-            return f"{size / limit:.3g}{letter}"
-    return f"{size:.3g}"

@@ -11,7 +11,7 @@ from loopfm_jax.bench.report import number
 from loopfm_jax.report import pipes, replace_file, text_of
 from loopfm_jax.report_parts import DASH, Grid
 from loopfm_jax.scale import picture
-from loopfm_jax.scale.plan import short
+from loopfm_jax.units import short
 
 Found = Mapping[str, Any]
 COLUMNS = (

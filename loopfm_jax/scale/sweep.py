@@ -21,7 +21,8 @@ from loopfm_jax.identity import digest
 from loopfm_jax.progress import say
 from loopfm_jax.report import finite, replace_file
 from loopfm_jax.scale.config import ScaleConfig
-from loopfm_jax.scale.plan import Point, schema_of, short
+from loopfm_jax.scale.plan import Point, schema_of
+from loopfm_jax.units import GIB, short
 
 MODULE = "loopfm_jax.scale.worker"
 ON_ACCELERATOR = {"gemm": [4096, 8192]}
@@ -29,7 +30,6 @@ ON_ACCELERATOR = {"gemm": [4096, 8192]}
 SHARE = 0.85
 """Of what is free, for a point: the compiler's account leaves out its own work and the C library's,
 a seventh of a model of 100M parameters on CPU."""
-GIB = 2**30
 
 Result = dict[str, Any]
 

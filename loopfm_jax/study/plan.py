@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 
 from loopfm_jax.auto import AUTO
-from loopfm_jax.backbones import BackboneConfig, build
+from loopfm_jax.backbones import build
 from loopfm_jax.config import Config
 from loopfm_jax.data.schema import Schema
 from loopfm_jax.errors import UserError
@@ -64,17 +64,15 @@ def _check(table: Table, cell: Cell, config: Config, schema: Schema, built: set[
     try:
         found = changed(config, cell.changes)
         fm, vm = found.fm, found.vm.backbone
+        read = schema.read(behaviours=fm.backbone.reads_behaviours)
+        served = schema.for_vm().read(behaviours=vm.reads_behaviours)
         if fm not in built:
-            _build(lambda rngs: Teacher(_read_by(fm.backbone, schema), fm, rngs=rngs))
+            _build(lambda rngs: Teacher(read, fm, rngs=rngs))
         if vm not in built:
-            _build(lambda rngs: build(vm, _read_by(vm, schema.for_vm()), rngs=rngs))
+            _build(lambda rngs: build(vm, served, rngs=rngs))
         built |= {fm, vm}
     except UserError as error:
         raise UserError(f"table {table.name}, {cell.row} {cell.column}: {error}") from None
-
-
-def _read_by(backbone: BackboneConfig, schema: Schema) -> Schema:
-    return schema if backbone.reads_behaviours else schema.without_behaviours()
 
 
 def _build(model: Callable[[nnx.Rngs], nnx.Module]) -> None:
