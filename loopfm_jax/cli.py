@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from loopfm_jax import __version__, processes, report, results, stages
+from loopfm_jax import __version__, ahead, processes, report, results, stages
 from loopfm_jax.aot import make as compiling
 from loopfm_jax.auto import resolve
 from loopfm_jax.bench.make import bench
@@ -44,11 +44,13 @@ def prepare(flow: Flow) -> dict[str, Any]:
 
 def train_fm(flow: Flow) -> dict[str, Any]:
     """the teacher and its compressor, on the FM window"""
+    ahead.check_log(flow.config, flow.data)
     return _without_curve(flow.train_fm())
 
 
 def export(flow: Flow) -> dict[str, Any]:
     """codes and soft labels of everything after the FM window"""
+    ahead.check_log(flow.config, flow.data)
     return flow.export()["facts"]
 
 
@@ -115,6 +117,7 @@ def _render(flow: Flow) -> dict[str, Any]:
 def run(flow: Flow) -> dict[str, Any]:
     """all of them"""
     make_mesh(flow.config.mesh)  # fails before the first stage rather than after it
+    ahead.check(flow.config)
     for stage in (prepare, train_fm, export, structure, train_vm):
         stage(flow)
     return evaluate(flow)

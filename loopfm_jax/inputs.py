@@ -111,21 +111,27 @@ def open_inputs(
       order: how its rows will be walked over; a full permutation needs memory.
 
     Raises:
-      UserError: it is to wait in its blocks, of which a full permutation would read every one at
-        every step.
+      UserError: of `check_order`.
     """
+    check_order(order, residency, reader=reader)
     if order == "shuffled":
-        if residency == "blocks":
-            raise UserError(
-                "a full permutation (order shuffled) needs the log in memory, but it waits in its "
-                "blocks: use order mixed (--fm.train.order.order mixed), or --log-residency memory"
-            )
         residency = "memory"
     log, splits = load(directory, residency=residency)
     schema = log.schema if reader == "fm" else log.schema.for_vm()
     log = log.select(schema.read(behaviours=behaviours))
     log, past_ms = _with_past(log)
     return Inputs(log, splits, past_ms if timed else None)
+
+
+def check_order(order: Order, residency: LogResidency, *, reader: str) -> None:
+    """Raises UserError where a log is to wait in its blocks, of which a full permutation would read
+    every one at every step."""
+    if order == "shuffled" and residency == "blocks":
+        raise UserError(
+            "a full permutation (order shuffled) needs the log in memory, but it waits in its "
+            f"blocks: use order mixed (--{reader}.train.order.order mixed), or --log-residency "
+            "memory"
+        )
 
 
 def _with_past(log: Log) -> tuple[Log, np.ndarray | None]:

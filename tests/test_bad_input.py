@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from command_line import SYNTHETIC, CommandLine
 
 from loopfm_jax import cli
 from loopfm_jax.data import builder
+from loopfm_jax.data.synthetic import Synthetic
 
 
 def has(message: str, *words: str) -> None:
@@ -174,6 +176,50 @@ def test_a_batch_that_the_mesh_does_not_divide(loopfm):
 def test_an_unknown_tap(loopfm):
     message = loopfm.refuse("run", "--fm.taps", "hidden_7", leaves=prepared_files(loopfm))
     has(message, "'hidden_7'", "embedding, hidden_0, all, item")
+
+
+LATER = {
+    "tap of a feature": (["--methods", "entity"], ["reads the tap 'entity'", "--fm.taps"]),
+    "tap of a history": (["--methods", "item-only"], ["reads the tap 'item'", "--fm.taps"]),
+    "tap of loopfm": (
+        ["--methods", "loopfm", "--history.tap", "hidden_1"],
+        ["reads the tap 'hidden_1'", "the export holds hidden_0"],
+    ),
+    "tap of a control": (["--control", "--history.tap", "all"], ["reads the tap 'all'"]),
+    "tap of auto": (["--transfer", "auto", "--history.tap", "all"], ["reads the tap 'all'"]),
+    "prefix": (["--export.prefix", "9"], ["export.prefix is 9", "fm.compressor.width = 4"]),
+    "order of a VM": (
+        ["--vm.train.order.order", "shuffled", "--log-residency", "blocks"],
+        ["--vm.train.order.order mixed", "--log-residency memory"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LATER)
+def test_what_a_later_stage_lacks_is_found_before_the_first(loopfm, case):
+    options, words = LATER[case]
+    has(loopfm.refuse("run", *options), *words)
+
+
+LATER_COLUMNS = {
+    "key": (["--history.keys", "usr"], ["history.keys names 'usr'", "item_id"]),
+    "raw field": (["--methods", "raw", "--history.raw", "itm"], ["history.raw names 'itm'"]),
+}
+
+
+@pytest.mark.parametrize("case", LATER_COLUMNS)
+def test_columns_that_a_later_stage_lacks_are_found_before_training(loopfm, case):
+    options, words = LATER_COLUMNS[case]
+    prepared = prepared_files(loopfm)
+    for command in ("run", "train-fm", "export"):
+        has(loopfm.refuse(command, *options, leaves=prepared), *words)
+
+
+def test_a_key_without_columns_is_found_before_training(loopfm, monkeypatch):
+    read = Synthetic.read
+    monkeypatch.setattr(Synthetic, "read", lambda self: replace(read(self), entity=()))
+    options = ["--methods", "entity", "--fm.taps", "hidden_0", "entity"]
+    has(loopfm.refuse("run", *options, leaves=prepared_files(loopfm)), "data.entity")
 
 
 WRITES = {

@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "fm": {"data", "backbones", "history"},
     "vm": {"data", "backbones", "history"},
 }
-TOGETHER = {"config", "flow", "results", "cli"}  # where FM and VM are in one room
+TOGETHER = {"config", "flow", "results", "ahead", "cli"}  # where FM and VM are in one room
 
 
 def imports(path: Path) -> set[str]:

@@ -123,7 +123,8 @@ def open_examples(sources: Sources, config: VMConfig, method: Method) -> Example
         tap=sources.tap or (facts[0]["taps"][0] if facts else ""),
         raw=raw_fields(inputs.schema, sources.raw),
     )
-    _check_taps(method, reading, inputs.schema.entity)
+    check_entity(method, inputs.schema.entity)
+    check_taps(method, reading)
     join = None
     if histories:
         timed = config.encoder.name in TIMED
@@ -147,10 +148,14 @@ def check_cutoffs(cutoffs: Sequence[Sequence[int]], first_ms: int) -> None:
             )
 
 
-def _check_taps(method: Method, reading: Reading, entity: tuple[str, ...]) -> None:
-    """Raises UserError where a channel reads a tap that was not exported."""
+def check_entity(method: Method, entity: tuple[str, ...]) -> None:
+    """Raises UserError where a channel describes the key, but no column does."""
     if "entity" in method.features and not entity:
         raise UserError("the method entity needs columns that describe the key: data.entity")
+
+
+def check_taps(method: Method, reading: Reading) -> None:
+    """Raises UserError where a channel reads a tap that is not exported."""
     wanted = [tap for c in method.contents if (tap := reading.tap_of(c))]
     for tap in (*wanted, *now_taps(method, reading).values()):
         if tap not in reading.codecs:
