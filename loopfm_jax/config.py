@@ -94,6 +94,11 @@ class Config:
                 f"export.refresh anchored trains the compressor, but {self.fm.compressor.kind} has "
                 "nothing to train: use linear, or --fm.compressor.kind autoencoder"
             )
+        if self.export.refresh != "fixed" and self.log_residency == "blocks":
+            raise UserError(
+                f"--export.refresh {self.export.refresh} needs the log in memory, as every day is "
+                "learned in a full permutation: --log-residency memory"
+            )
         check_limits("config", {"seeds": self.seeds}, low=1)
         check_limits("config", {"seed": self.seed}, low=0, high=MOST_SEED)
 

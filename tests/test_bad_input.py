@@ -75,6 +75,14 @@ def test_what_cannot_be_anchored(loopfm):
     has(loopfm.refuse("export", *options), "pca has nothing to train", "use linear")
 
 
+@pytest.mark.parametrize("order", ["shuffled", "mixed"])
+def test_what_cannot_be_refreshed_from_blocks(loopfm, order):
+    options = ("--export.refresh", "fresh", "--log-residency", "blocks")
+    message = loopfm.refuse("run", *options, "--fm.train.order.order", order)
+    has(message, "--export.refresh fresh needs the log in memory", "--log-residency memory")
+    assert "mixed" not in message
+
+
 def test_no_arguments_show_the_commands(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([])
