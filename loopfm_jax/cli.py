@@ -18,7 +18,7 @@ from loopfm_jax.aot import make as compiling
 from loopfm_jax.auto import resolve
 from loopfm_jax.bench.make import bench
 from loopfm_jax.config import as_json
-from loopfm_jax.errors import UserError, disk_message
+from loopfm_jax.errors import UserError, writing
 from loopfm_jax.flow import Flow
 from loopfm_jax.inputs import assembly_rate
 from loopfm_jax.options import parse
@@ -211,17 +211,12 @@ def _dispatch(argv: list[str]) -> dict[str, Any]:
     processes.start(config.processes)
     if processes.many() and command in SINGLE:
         raise UserError(f"{command} runs in one process: leave --processes out")
-    try:
+    with writing(config.workdir):
         config.workdir.mkdir(parents=True, exist_ok=True)
         result = COMMANDS[command](Flow(config))
         if processes.leads():
             (config.workdir / "config.json").write_text(json.dumps(as_json(config), indent=1))
         return result
-    except Exception as error:
-        message = None if isinstance(error, UserError) else disk_message(error, config.workdir)
-        if message is None:
-            raise
-        raise UserError(message) from None
 
 
 def _command() -> str:

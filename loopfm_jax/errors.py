@@ -4,7 +4,8 @@ import errno
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 DISK = [os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)]
@@ -27,19 +28,37 @@ def check_limits(
             raise UserError(f"{owner}.{name} is {value}; it must be {limit}")
 
 
-def disk_message(error: Exception, workdir: Path) -> str | None:
+@contextmanager
+def writing(folder: Path, option: str = "--workdir") -> Iterator[None]:
+    """Turns what the surroundings of a command do to it into one message.
+
+    Args:
+      folder: where it writes, and the option that chooses it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        message = _disk_message(error, folder, option)
+        if message is None:
+            raise
+        raise UserError(message) from None
+
+
+def _disk_message(error: Exception, folder: Path, option: str) -> str | None:
     """What to say if the surroundings are at fault. Libraries wrap what the system says."""
     for words in DISK:
         if words in str(error):
-            while not workdir.exists():
-                workdir = workdir.parent
-            free = shutil.disk_usage(workdir).free
+            while not folder.exists():
+                folder = folder.parent
+            free = shutil.disk_usage(folder).free
             return (
-                f"{words}: {workdir} ({free:,} bytes free there now); free some space or choose "
-                "another --workdir; nothing half-written was kept as complete"
+                f"{words}: {folder} ({free:,} bytes free there now); free some space or choose "
+                f"another {option}; nothing half-written was kept as complete"
             )
     if isinstance(error, (FileExistsError, NotADirectoryError)):
-        return f"{error.filename}: a file is in the way; remove it or choose another --workdir"
+        return f"{error.filename}: a file is in the way; remove it or choose another {option}"
     if isinstance(error, OSError) and error.filename:
         return f"{error.strerror}: {error.filename}: is it there, and what are its permissions?"
     return None

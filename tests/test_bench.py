@@ -99,6 +99,19 @@ def test_an_interpreter_that_is_none_is_refused(tiny, capsys):
     assert stopped.value.code == 2 and "/no/python" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("folder", ["file", "file/below", "/proc/loopfm"])
+def test_a_folder_that_cannot_be_written_is_found_before_measuring(
+    no_workers, capsys, tmp_path, folder
+):
+    no_workers(lambda case, bench: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["bench", *BRIEF, "--out", str(tmp_path / folder)])
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and not said.out
+    assert said.err.startswith("loopfm: ") and said.err.count("\n") == 1
+
+
 def test_a_case_that_fails_is_said_and_the_others_run(no_workers, capsys):
     def fail(case, bench):
         raise Failed("out of memory")

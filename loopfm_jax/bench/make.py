@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile, gettempdir
 from typing import Any
 
 import tyro
@@ -22,7 +22,7 @@ from loopfm_jax.bench.case import Bench, run_case
 from loopfm_jax.bench.child import PACKAGES, ROOT, Child, Failed, find_python, ours, versions
 from loopfm_jax.bench.config import BenchConfig
 from loopfm_jax.bench.terms import Case
-from loopfm_jax.errors import UserError
+from loopfm_jax.errors import UserError, writing
 from loopfm_jax.progress import say
 from loopfm_jax.report import finite, replace_file
 
@@ -45,7 +45,9 @@ def bench(options: Sequence[str]) -> dict[str, Any]:
     config = tyro.cli(
         BenchConfig, args=options, prog="loopfm bench", config=(tyro.conf.AvoidSubcommands,)
     )
-    return make(config, command=" ".join(["loopfm bench", *options]))
+    where = (config.out, "--out") if config.out else (Path(gettempdir()), "TMPDIR")
+    with writing(*where):
+        return make(config, command=" ".join(["loopfm bench", *options]))
 
 
 def make(config: BenchConfig, *, command: str) -> dict[str, Any]:
@@ -53,8 +55,12 @@ def make(config: BenchConfig, *, command: str) -> dict[str, Any]:
 
     Raises:
       UserError: a row that is none, or no interpreter at --peer-python.
+      OSError: nothing can be written to `config.out`; before anything is measured.
     """
     started, cases = time.monotonic(), _cases(config.rows)
+    if config.out is not None:
+        config.out.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=config.out).close()
     python, peer_versions = _find_peer(config)
     with ExitStack() as stack:
         folder = stack.enter_context(TemporaryDirectory(prefix="loopfm-bench-"))
