@@ -60,5 +60,12 @@ def _disk_message(error: Exception, folder: Path, option: str) -> str | None:
     if isinstance(error, (FileExistsError, NotADirectoryError)):
         return f"{error.filename}: a file is in the way; remove it or choose another {option}"
     if isinstance(error, OSError) and error.filename:
-        return f"{error.strerror}: {error.filename}: is it there, and what are its permissions?"
+        told = f"{error.strerror}: {error.filename}: is it there, and what are its permissions?"
+        return f"{told} Or choose another {option}" if _meets(error.filename, folder) else told
     return None
+
+
+def _meets(file: str | int, folder: Path) -> bool:
+    """Whether one of them is, or lies in, the other."""
+    path = Path(str(file))
+    return path.is_relative_to(folder) or folder.is_relative_to(path)

@@ -158,6 +158,12 @@ def test_a_workdir_that_is_a_file(loopfm):
     has(loopfm.fail(loopfm.argv("prepare")), str(loopfm.workdir), "in the way")
 
 
+def test_a_workdir_that_cannot_be_made(loopfm):
+    for workdir in ("/proc/loopfm", "/proc/loopfm/below"):
+        loopfm.workdir = Path(workdir)
+        has(loopfm.fail(loopfm.argv("prepare")), ": /proc/loopfm: ", "Or choose another --workdir")
+
+
 def test_a_workdir_with_somebody_elses_data(loopfm):
     (loopfm.workdir / "data").mkdir(parents=True)
     (loopfm.workdir / "data" / "log.csv").write_text("mine")
@@ -255,7 +261,9 @@ def test_a_file_that_may_not_be_read(loopfm, monkeypatch):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/locked/log.csv")
 
     monkeypatch.setattr(builder, "write", locked)
-    has(loopfm.refuse("prepare"), "Permission denied: /locked/log.csv", "permissions")
+    told = loopfm.refuse("prepare")
+    has(told, "Permission denied: /locked/log.csv", "permissions")
+    assert "--workdir" not in told
 
 
 def test_a_bug_keeps_its_traceback(loopfm, monkeypatch):
