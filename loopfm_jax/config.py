@@ -15,7 +15,7 @@ from loopfm_jax.data.synthetic import Synthetic
 from loopfm_jax.data.tabular import TabularLog
 from loopfm_jax.data.taobao_ad import TaobaoAd
 from loopfm_jax.engine import BeamConfig, Engine
-from loopfm_jax.errors import UserError, check_limits
+from loopfm_jax.errors import UserError, check_limits, check_tuples
 from loopfm_jax.fm.exporter import ExportConfig
 from loopfm_jax.fm.teacher import FMConfig
 from loopfm_jax.history.store import HistoryConfig
@@ -85,6 +85,7 @@ class Config:
         return self.beam if self.engine == "beam" else None
 
     def __post_init__(self) -> None:
+        check_tuples("", self)
         for method in self.methods:
             find_method(method)
         for encoder in (self.vm.encoder, self.fm.encoder):

@@ -6,7 +6,9 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
 DISK = [os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)]
 
@@ -26,6 +28,19 @@ def check_limits(
         if not low <= value <= high:
             limit = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
             raise UserError(f"{owner}.{name} is {value}; it must be {limit}")
+
+
+def check_tuples(owner: str, part: Any) -> None:
+    """Raises UserError for the first setting of a configuration, or of its parts, that is to hold
+    several values and is one string: `("item")` lacks a comma, and its letters would be the values.
+    """
+    for f in fields(part):
+        value, name = getattr(part, f.name), f"{owner}.{f.name}" if owner else f.name
+        if is_dataclass(value):
+            check_tuples(name, value)
+        several = any(get_origin(kind) is tuple for kind in (f.type, *get_args(f.type)))
+        if several and isinstance(value, str):
+            raise UserError(f"{name} is the string {value!r}: write ({value!r},)")
 
 
 @contextmanager

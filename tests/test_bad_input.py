@@ -110,6 +110,27 @@ CONFIGS = {
 }
 
 
+WITHOUT_A_COMMA = {
+    "data.categorical": 'TabularLog(files=("a.csv",), categorical=("item_id"))',
+    "data.files": 'TabularLog(files="item_id")',
+    "data.entity": 'TabularLog(files=("a.csv",), entity="item_id")',
+    "history.keys": "HistoryConfig(keys=('item_id'))",
+    "fm.taps": "FMConfig(taps=('item_id'))",
+    "methods": "'item_id'",
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_COMMA)
+def test_a_tuple_without_its_comma(loopfm, name):
+    part, value = name.split(".")[0], WITHOUT_A_COMMA[name]
+    text = loopfm.config.read_text().split("def get_config")[0]
+    loopfm.config.write_text(
+        f"{text}\ndef get_config() -> Config:\n    return Config({part}={value})\n"
+    )
+    message = loopfm.refuse("prepare", leaves=())
+    assert message == f"loopfm: {name} is the string 'item_id': write ('item_id',)"
+
+
 @pytest.mark.parametrize("case", CONFIGS)
 def test_configuration_files(loopfm, case):
     text, words = CONFIGS[case]

@@ -12,7 +12,7 @@ from flax import nnx, struct
 from loopfm_jax.backbones import BackboneConfig, build
 from loopfm_jax.data.batches import OrderConfig
 from loopfm_jax.data.schema import Schema
-from loopfm_jax.errors import UserError
+from loopfm_jax.errors import UserError, check_tuples
 from loopfm_jax.fm.compressor import COMPRESSORS, CompressorConfig
 from loopfm_jax.history.encoders import EncoderConfig
 from loopfm_jax.history.reader import Past, Readers, Reading
@@ -36,6 +36,7 @@ class FMConfig:
     )
 
     def __post_init__(self) -> None:
+        check_tuples("fm", self)
         if not self.taps or len(set(self.taps)) < len(self.taps):
             raise UserError(f"fm.taps is {list(self.taps)}: name each tap once, at least one")
 
