@@ -49,6 +49,11 @@ class ProcessesConfig:
 
     def __post_init__(self) -> None:
         check_limits("processes", {"count": self.count, "deadline_s": self.deadline_s}, low=1)
+        if self.count == 1 and self.coordinator not in ("", AUTO):
+            raise UserError(
+                f"processes.coordinator is {self.coordinator}, but nobody knows who comes there: "
+                "give --processes.count, and --processes.index to each; one process needs none"
+            )
         check_limits("processes", {"index": self.index}, low=0, high=self.count - 1)
         if self.count > 1 and not self.coordinator:
             raise UserError(

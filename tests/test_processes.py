@@ -111,6 +111,7 @@ def test_when_one_process_ends_the_others_do(
     [
         ({"count": 2}, "nobody knows where they meet"),
         ({"coordinator": "here:1", "count": 2, "index": 2}, "index is 2; it must be between 0"),
+        ({"coordinator": "here:1", "index": 1}, "here:1.*give --processes.count, and"),
         ({"count": 0}, "count is 0"),
         ({"deadline_s": 0}, "deadline_s is 0"),
     ],
@@ -121,6 +122,7 @@ def test_settings_that_make_no_sense(config: dict, message: str) -> None:
 
 
 def test_one_process_waits_for_nobody() -> None:
+    ProcessesConfig(coordinator="auto")  # the cluster knows how many there are
     processes.start(ProcessesConfig())
     processes.wait()
     assert processes.first(lambda: (1, processes.many(), processes.alone())) == (1, False, False)
