@@ -205,7 +205,8 @@ def _dispatch(argv: list[str]) -> dict[str, Any]:
     if command in ALONE:
         return ALONE[command](rest)
     if not rest or rest[0].startswith("-"):
-        raise UserError(f"which configuration? loopfm {command} configs/synthetic.py [options]")
+        example = "scale" if command in ("scale", "compile") else "synthetic"
+        raise UserError(f"which configuration? loopfm {command} configs/{example}.py [options]")
     config = parse(Path(rest[0]), rest[1:], command=command)
     _quiet()
     processes.start(config.processes)

@@ -67,7 +67,9 @@ def test_commands(loopfm):
     has(loopfm.fail(["prepar", config]), "'prepar'", "train-fm", "did you mean 'prepare'?")
     has(loopfm.fail(["dance", config]), "'dance'", "evaluate")
     has(loopfm.fail(["prepare"]), "which configuration?")
-    has(loopfm.fail(["prepare", "--seeds", "2"]), "which configuration?")
+    has(loopfm.fail(["prepare", "--seeds", "2"]), "which configuration?", "configs/synthetic.py")
+    for command in ("scale", "compile"):
+        has(loopfm.fail([command]), "which configuration?", "configs/scale.py")
 
 
 def test_what_cannot_be_anchored(loopfm):
