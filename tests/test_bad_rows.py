@@ -40,7 +40,7 @@ LOGS = {
     "empty key": (one("user_id", ""), ["user_id is empty in 1 rows"]),
     "key out of range": (one("user_id", 99_999), ["99999", "0..27284"]),
     "negative id": (one("video_id", -3), ["-3", "0..7582"]),
-    "empty label": (one("is_click", ""), ["label column is empty in 1 rows", "row 60"]),
+    "empty label": (one("is_click", ""), ["label column is empty in 1 rows", "row 61 of"]),
     "label of 2": (one("is_click", 2), ["the label holds 2", "not 0 or 1"]),
     "one class": (every("is_click", 1), ["all", "labels of the fm window are 1", "both classes"]),
     "one-class test": (one_class_at_the_end, ["labels of the test window are 0", "data.windows"]),
@@ -52,7 +52,7 @@ LOGS = {
         every("time_ms", 1_650_880_000_000),
         ["must rise", "the log runs from 2022-04-25T"],
     ),
-    "NaN": (one("duration_ms", "NaN"), ["'duration'", "1 values", "row 60"]),
+    "NaN": (one("duration_ms", "NaN"), ["'duration'", "1 values", "row 61 of"]),
     "infinite": (one("duration_ms", "inf"), ["'duration'", "infinite"]),
     "no rows": (list, ["the log has 0 rows"]),
 }

@@ -34,7 +34,7 @@ def check(raw: RawLog) -> None:
     _sane_times(frame["time"])
     for column in raw.columns:
         if column.kind == "numeric":
-            _finite(frame[column.name], log=column.log)
+            _finite(frame, column.name, log=column.log)
 
 
 def _no_nulls(frame: pl.DataFrame, names: Iterable[str]) -> None:
@@ -46,8 +46,9 @@ def _no_nulls(frame: pl.DataFrame, names: Iterable[str]) -> None:
             nulls = nulls | frame[name].is_nan()
         if nulls.any():
             raise UserError(
-                f"the {name} column is empty in {nulls.sum():,} rows (first: row "
-                f"{nulls.arg_max()}); every row needs a {name}: fill or drop those rows"
+                f"the {name} column is empty in {nulls.sum():,} rows (first: "
+                f"{_row(frame, int(nulls.arg_max() or 0))}); every row needs a {name}: fill or "
+                "drop those rows"
             )
 
 
@@ -70,19 +71,26 @@ def _sane_times(time: pl.Series) -> None:
         )
 
 
-def _finite(series: pl.Series, *, log: bool) -> None:
-    values = series.cast(pl.Float64, strict=False).to_numpy()
+def _finite(frame: pl.DataFrame, name: str, *, log: bool) -> None:
+    values = frame[name].cast(pl.Float64, strict=False).to_numpy()
     bad = ~np.isfinite(values)
     if bad.any():
         raise UserError(
-            f"column {series.name!r} holds {bad.sum():,} values that are missing, NaN, infinite or "
-            f"not numbers (first: row {int(bad.argmax())}); fill them or drop the column"
+            f"column {name!r} holds {bad.sum():,} values that are missing, NaN, infinite or not "
+            f"numbers (first: {_row(frame, int(bad.argmax()))}); fill them or drop the column"
         )
     if log and (values <= -1).any():
         raise UserError(
-            f"column {series.name!r} is to be log-scaled but holds {values.min():g}; the limit "
+            f"column {name!r} is to be log-scaled but holds {values.min():g}; the limit "
             "is > -1: drop `log` for it"
         )
+
+
+def _row(frame: pl.DataFrame, at: int) -> str:
+    """How to find a row again: no file has its number once several are read, duplicates dropped and
+    rows dealt to workers, so key and time are told too."""
+    key, time = frame["key"][at], frame["time"][at]
+    return f"row {at + 1:,} of those read, counted from 1, of key {key!r} at {time} ms"
 
 
 def check_windows(rows: Mapping[str, int], positives: Mapping[str, float], bounds: str) -> None:
