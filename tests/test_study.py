@@ -72,6 +72,9 @@ def test_tables_by_name():
     assert [t.name for t in find_tables(names, WHOLE)] == ["seeds", "length", "code"]
     with pytest.raises(UserError, match="no table 'lenth': tables are transfers"):
         find_tables(["lenth"], WHOLE)
+    for nothing in ((), ("",), (",",)):
+        with pytest.raises(UserError, match="--tables names none: give some of transfers"):
+            find_tables(nothing, WHOLE)
 
 
 def test_changed_sets_dotted_options_and_knows_no_others():

@@ -229,9 +229,11 @@ def find_tables(names: Iterable[str], config: Config) -> list[Table]:
     """The tables of these names, or of comma-separated lists of them.
 
     Raises:
-      UserError: no such table.
+      UserError: no such table, or none at all.
     """
     wanted = [name for part in names for name in part.split(",") if name]
+    if not wanted:
+        raise UserError(f"--tables names none: give some of {', '.join(TABLES)}")
     for name in wanted:
         if name not in TABLES:
             raise UserError(f"no table {name!r}: tables are {', '.join(TABLES)}")
