@@ -200,6 +200,14 @@ def test_wrong_descriptions(tmp_path, csv, case):
     assert all(word in str(error.value) for word in words), error.value
 
 
+@pytest.mark.parametrize("name", ["log.jsonl", "log.csv.bak", "csv"])
+def test_a_file_of_another_kind(tmp_path, name):
+    path = tmp_path / name
+    path.write_text('{"uid":255,"when":1}\n')
+    with pytest.raises(UserError, match=f"{path} is not .* takes .csv, .csv.gz and .parquet"):
+        replace(SOURCE, files=(str(path),)).fingerprint()
+
+
 def column(name: str, values) -> pl.Series:
     return pl.Series(name, (values * 200)[:200], strict=False)
 

@@ -12,6 +12,7 @@ from loopfm_jax.data.checks import require_columns
 from loopfm_jax.errors import UserError
 
 PARQUET = (".parquet", ".pq")
+CSV = (".csv", ".csv.gz")
 ALL = slice(None)
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import polars as pl
 
-from loopfm_jax.data.files import concat, drop_duplicates, read_table
+from loopfm_jax.data.files import CSV, PARQUET, concat, drop_duplicates, read_table
 from loopfm_jax.data.raw import Card, Column, RawLog, Windows
 from loopfm_jax.errors import UserError
 from loopfm_jax.identity import sha256
@@ -208,6 +208,11 @@ class TabularLog:
             for match in matches:
                 if not match.is_file():
                     raise UserError(f"{match} is a folder; data.files takes files, or {match}/*")
+                if not match.name.lower().endswith((*CSV, *PARQUET)):
+                    raise UserError(
+                        f"{match} is not a table that can be read; data.files takes .csv, .csv.gz "
+                        "and .parquet files: convert it first"
+                    )
             found.extend(matches)
         return list(dict.fromkeys(found))
 
