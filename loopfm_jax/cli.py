@@ -3,20 +3,17 @@
 import difflib
 import json
 import logging
-import math
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from loopfm_jax import __version__, ahead, processes, report, results, stages
 from loopfm_jax.aot import make as compiling
 from loopfm_jax.auto import resolve
 from loopfm_jax.bench.make import bench
+from loopfm_jax.compiler import keep_programs
 from loopfm_jax.config import as_json
 from loopfm_jax.errors import UserError, writing
 from loopfm_jax.flow import Flow
@@ -27,8 +24,6 @@ from loopfm_jax.scale import make as scaling
 from loopfm_jax.sharding import make_mesh
 from loopfm_jax.study import make as studies
 from loopfm_jax.study.analyse import analyse as analyse_codes
-
-XLA_CACHE = Path("~/.cache/loopfm_jax/xla")
 
 
 def prepare(flow: Flow) -> dict[str, Any]:
@@ -177,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = _dispatch(list(sys.argv[1:] if argv is None else argv))
         processes.end()
         if processes.leads():
-            print(json.dumps(_strict(found), allow_nan=False))
+            print(json.dumps(report.finite(found), allow_nan=False))
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -216,7 +211,8 @@ def _dispatch(argv: list[str]) -> dict[str, Any]:
         config.workdir.mkdir(parents=True, exist_ok=True)
         result = COMMANDS[command](Flow(config))
         if processes.leads():
-            (config.workdir / "config.json").write_text(json.dumps(as_json(config), indent=1))
+            text = json.dumps(as_json(config), indent=1)
+            report.replace_file(config.workdir / "config.json", text)
         return result
 
 
@@ -245,23 +241,12 @@ def _fail(message: str, *, status: int = 2) -> None:
     sys.exit(status)
 
 
-def _strict(value: Any) -> Any:
-    """JSON knows no NaN: null instead."""
-    if isinstance(value, dict):
-        return {name: _strict(v) for name, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _quiet() -> None:
     """Libraries keep to warnings; compiled programs are kept between runs."""
     absl = logging.getLogger("absl")
     absl.setLevel(logging.ERROR)
     absl.addFilter(_no_traceback)
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(XLA_CACHE.expanduser())
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    keep_programs(from_s=0.5)
 
 
 def _no_traceback(record: logging.LogRecord) -> bool:

@@ -1,11 +1,14 @@
 """What XLA is asked for where it compiles a step: what each brings stands in benchmarks/LOG.md."""
 
+import os
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+CACHE = Path("~/.cache/loopfm_jax/xla")
 VECTORS = {"xla_cpu_prefer_vector_width": 512}
 YNNPACK = "xla_cpu_experimental_ynn_fusion_type"
 ASKED: dict[tuple[str, str], dict[str, Any]] = {
@@ -13,6 +16,13 @@ ASKED: dict[tuple[str, str], dict[str, Any]] = {
     ("cpu", "bfloat16"): VECTORS | {YNNPACK: "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"},
 }
 """(platform, arithmetic of the large products) -> options."""
+
+
+def keep_programs(*, from_s: float) -> None:
+    """Those that take so long to compile, or longer, are kept between runs."""
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(CACHE.expanduser())
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", from_s)
 
 
 def options(mesh: Mesh | None = None, *, dtype: str = "float32") -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from command_line import SYNTHETIC, CommandLine
 
-from loopfm_jax import cli
+from loopfm_jax import cli, report
 from loopfm_jax.data import builder
 from loopfm_jax.data.synthetic import Synthetic
 
@@ -331,7 +331,7 @@ def test_interrupted(loopfm, monkeypatch, capsys):
 
 
 def test_the_result_is_json_without_nan(loopfm):
-    assert cli._strict({"a": [1.0, float("nan")], "b": (float("inf"),)}) == {
+    assert report.finite({"a": [1.0, float("nan")], "b": (float("inf"),)}) == {
         "a": [1.0, None],
         "b": [None],
     }

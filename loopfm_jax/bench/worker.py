@@ -1,14 +1,11 @@
 """Our side of a benchmark: `python -m loopfm_jax.bench.worker` answers `bench.protocol`."""
 
-import os
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
-
-import jax
 
 from loopfm_jax.bench.child import PACKAGES, versions
 from loopfm_jax.bench.protocol import Job, Spec, serve
+from loopfm_jax.compiler import keep_programs
 
 JOBS = {
     "structure": "structuring.Structure",
@@ -27,7 +24,6 @@ JOBS = {
     "limits": "limits.Limits",
 }
 """Modules and their jobs, imported by who needs them: TFDS and scipy take a second."""
-XLA_CACHE = Path("~/.cache/loopfm_jax/xla")
 
 
 def job_of(spec: Spec) -> Job:
@@ -38,9 +34,7 @@ def job_of(spec: Spec) -> Job:
 
 def main(make: Callable[[Spec], Job] = job_of) -> None:
     """Compiled programs, small ones too, are kept between runs."""
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(XLA_CACHE.expanduser())
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    keep_programs(from_s=0)
     serve(make, versions=versions(PACKAGES))
 
 
