@@ -16,6 +16,7 @@ from loopfm_jax.history.codes import Codec
 from loopfm_jax.history.keys import key_columns
 from loopfm_jax.history.reader import Reading, raw_fields
 from loopfm_jax.inputs import check_order
+from loopfm_jax.loop import check_batch
 from loopfm_jax.results import CONTROL_METHOD
 from loopfm_jax.vm.methods import Method, find_method
 from loopfm_jax.vm.train import check_entity, check_taps
@@ -25,6 +26,7 @@ def check(config: Config) -> None:
     """Raises UserError for what the configuration alone tells of a whole run."""
     for reader, part in (("fm", config.fm), ("vm", config.vm)):
         check_order(part.train.order.order, config.log_residency, reader=reader)
+        check_batch(part.train.order.batch, config.mesh.data)
     check_methods(config)
 
 

@@ -32,15 +32,16 @@ def check_limits(
 
 def check_tuples(owner: str, part: Any) -> None:
     """Raises UserError for the first setting of a configuration, or of its parts, that is to hold
-    several values and is one string: `("item")` lacks a comma, and its letters would be the values.
+    several values and is one: `("item")` lacks a comma, and its letters would be the values.
     """
     for f in fields(part):
         value, name = getattr(part, f.name), f"{owner}.{f.name}" if owner else f.name
         if is_dataclass(value):
             check_tuples(name, value)
         several = any(get_origin(kind) is tuple for kind in (f.type, *get_args(f.type)))
-        if several and isinstance(value, str):
-            raise UserError(f"{name} is the string {value!r}: write ({value!r},)")
+        if several and isinstance(value, (str, int, float)):
+            kind = "string" if isinstance(value, str) else "number"
+            raise UserError(f"{name} is the {kind} {value!r}: write ({value!r},)")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from loopfm_jax.data.schema import Schema
 from loopfm_jax.errors import UserError
 from loopfm_jax.history.slices import SliceConfig, slices
 from loopfm_jax.packing import WHOLE, Parts, budget
+from loopfm_jax.progress import say
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,21 @@ class Inputs:
     def known(self, rows: np.ndarray, *, before: int) -> np.ndarray:
         """Those of `rows` whose label was there by the time of row `before`, the first that is not
         learned from: an impression group may straddle the cut, and a label of after it would
-        leak."""
-        return rows[self.log["logged_time"][rows] < self.log["time"][before]]
+        leak. How many do is said.
+
+        Raises:
+          UserError: no label was there.
+        """
+        known = rows[self.log["logged_time"][rows] < self.log["time"][before]]
+        if not len(known):
+            raise UserError(
+                f"nothing to learn: the labels of all {len(rows):,} rows came after the window "
+                "that they stand in (a group ends with its last row); widen data.windows, or name "
+                "a finer group"
+            )
+        if late := len(rows) - len(known):
+            say(f"{late:,} of {len(rows):,} rows had no label by the end of their window: left out")
+        return known
 
     def batch(self, rows: np.ndarray, parts: Parts = WHOLE) -> Batch:
         """`ids_BF`, `floats_BN`, `label_B` of the given row numbers, and `events` by group of

@@ -110,7 +110,7 @@ def train(
       start: a model to go on from, with a fresh optimiser; default: a new one.
       seating: of `GlobalBatches`.
     """
-    _check_batch(config.order.batch, mesh)
+    check_batch(config.order.batch, mesh.shape["data"])
     memory.keep_freed()  # here and not earlier: preparing a log should give its memory back
     source = GlobalBatches(
         rows,
@@ -283,9 +283,9 @@ def count(params: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _check_batch(batch: int, mesh: Mesh) -> None:
-    if batch % mesh.shape["data"]:
+def check_batch(batch: int, data: int) -> None:
+    """Raises UserError for a batch that mesh.data does not divide."""
+    if batch % data:
         raise UserError(
-            f"a batch of {batch} does not divide over mesh.data = {mesh.shape['data']}: change "
-            "order.batch"
+            f"a batch of {batch} does not divide over mesh.data = {data}: change order.batch"
         )

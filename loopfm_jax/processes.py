@@ -40,24 +40,25 @@ class ProcessesConfig:
     coordinator: str = ""
     """host:port of process 0, or `auto`: Cloud TPU, SLURM, GKE and Open MPI know it, and the
     numbers below. Empty: there is one process."""
-    count: int = 1
-    """How many there are."""
+    count: int | None = None
+    """How many there are; default: one."""
     index: int = 0
     """Which of them this is."""
     deadline_s: int = 100
     """Silence after which a process is taken for dead, and all others end."""
 
     def __post_init__(self) -> None:
-        check_limits("processes", {"count": self.count, "deadline_s": self.deadline_s}, low=1)
-        if self.count == 1 and self.coordinator not in ("", AUTO):
+        count = 1 if self.count is None else self.count
+        check_limits("processes", {"count": count, "deadline_s": self.deadline_s}, low=1)
+        if self.count is None and self.coordinator not in ("", AUTO):
             raise UserError(
                 f"processes.coordinator is {self.coordinator}, but nobody knows who comes there: "
                 "give --processes.count, and --processes.index to each; one process needs none"
             )
-        check_limits("processes", {"index": self.index}, low=0, high=self.count - 1)
-        if self.count > 1 and not self.coordinator:
+        check_limits("processes", {"index": self.index}, low=0, high=count - 1)
+        if count > 1 and not self.coordinator:
             raise UserError(
-                f"processes.count is {self.count}, but nobody knows where they meet: give the "
+                f"processes.count is {count}, but nobody knows where they meet: give the "
                 "address of process 0, --processes.coordinator HOST:PORT, or auto on a cluster"
             )
 

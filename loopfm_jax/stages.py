@@ -32,6 +32,9 @@ PACKAGES = ("loopfm-jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "
 COUNTED = ("stage", "config", "inputs", "facts", "files")
 """Parts of a manifest that are the identity of what was made: rates and versions do not count."""
 
+REVISION = {"prepare": 1, "train-fm": 1, "export": 1, "train-vm": 1}
+"""Of what a command makes from the same inputs. Raised where that changes: folders of before are
+not up to date."""
 SHARED_S = 120
 """After which a file that another machine has written must be seen."""
 
@@ -90,11 +93,14 @@ def run(
       UserError: the folder was made with another configuration or by something else, or is being
         made, or an input is missing or damaged.
     """
-    manifest, identity = processes.first(lambda: _look(stage, force=force))
+    manifest, _ = processes.first(lambda: _look(stage, force=force))
     if manifest is not None:
         return manifest, False
     with ExitStack() as held:
         processes.first(lambda: _hold(stage, held))
+        manifest, identity = processes.first(lambda: _look(stage, force=force))
+        if manifest is not None:  # by another process, meanwhile
+            return manifest, False
         manifest = _make(stage, work, identity, together=together)
     _see(stage.directory, manifest)
     return manifest, True
@@ -105,6 +111,8 @@ def _look(stage: Stage, *, force: bool) -> tuple[Report | None, Report]:
     _refuse_foreign(stage.directory)
     made_from = {name: verify(path)["content"] for name, path in stage.inputs.items()}
     made_from |= stage.sources
+    if stage.command in REVISION:
+        made_from["revision"] = f"{stage.command} {REVISION[stage.command]}"
     identity = {"config": as_stored(stage.config), "inputs": made_from}
     if (stage.directory / MANIFEST).exists() and not force:
         manifest = _read(stage.directory)

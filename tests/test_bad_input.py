@@ -12,8 +12,11 @@ import pytest
 from command_line import SYNTHETIC, CommandLine
 
 from loopfm_jax import cli, report
+from loopfm_jax.backbones import BackboneConfig
 from loopfm_jax.data import builder
 from loopfm_jax.data.synthetic import Synthetic
+from loopfm_jax.errors import UserError
+from loopfm_jax.scale.config import ScaleConfig
 
 
 def has(message: str, *words: str) -> None:
@@ -133,6 +136,18 @@ def test_a_tuple_without_its_comma(loopfm, name):
     assert message == f"loopfm: {name} is the string 'item_id': write ('item_id',)"
 
 
+def test_a_number_without_its_comma():
+    with pytest.raises(UserError, match=r"backbone.hidden is the number 64: write \(64,\)"):
+        BackboneConfig(hidden=(64))  # type: ignore
+    with pytest.raises(UserError, match="scale.sizes is the number 1000"):
+        ScaleConfig(sizes=(1000))  # type: ignore
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_found_first(loopfm):
+    message = loopfm.refuse("run", "--vm.train.order.batch", "1001", "--mesh.data", "2")
+    has(message, "1001 does not divide over mesh.data = 2")
+
+
 @pytest.mark.parametrize("case", CONFIGS)
 def test_configuration_files(loopfm, case):
     text, words = CONFIGS[case]
@@ -181,7 +196,11 @@ def test_a_workdir_that_is_a_file(loopfm):
     has(loopfm.fail(loopfm.argv("prepare")), str(loopfm.workdir), "in the way")
 
 
-def test_a_workdir_that_cannot_be_made(loopfm):
+def test_a_workdir_that_cannot_be_made(loopfm, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "/proc/loopfm")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
     for workdir in ("/proc/loopfm", "/proc/loopfm/below"):
         loopfm.workdir = Path(workdir)
         has(loopfm.fail(loopfm.argv("prepare")), ": /proc/loopfm: ", "Or choose another --workdir")

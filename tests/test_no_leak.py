@@ -348,6 +348,8 @@ def test_the_fm_learns_no_label_that_came_after_its_window(world):
     assert late.any()
     before = read.splits["vm"].start
     np.testing.assert_array_equal(read.known(all_rows, before=before), all_rows[~late])
+    with pytest.raises(UserError, match=f"labels of all {late.sum():,} rows came after"):
+        read.known(all_rows[late], before=before)
 
 
 @pytest.mark.parametrize(

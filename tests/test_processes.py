@@ -123,6 +123,7 @@ def test_settings_that_make_no_sense(config: dict, message: str) -> None:
 
 def test_one_process_waits_for_nobody() -> None:
     ProcessesConfig(coordinator="auto")  # the cluster knows how many there are
+    ProcessesConfig(coordinator="job-0.service:1234", count=1)
     processes.start(ProcessesConfig())
     processes.wait()
     assert processes.first(lambda: (1, processes.many(), processes.alone())) == (1, False, False)

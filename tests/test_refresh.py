@@ -121,8 +121,8 @@ def test_a_label_that_comes_late_is_learned_with_a_later_day(monkeypatch):
             logged.append((self.model, rows.tolist()))
 
     hour = 3_600_000
-    time = np.array([0, 1, 24, 25, 48, 72, 96, 97], np.int64) * hour
-    late = np.array([0, 80, 80, 1, 30, 0, 0, 0], np.int64) * hour
+    time = np.array([-9, -9, 0, 1, 24, 25, 48, 72, 96, 97], np.int64) * hour
+    late = np.array([0, 39, 0, 80, 80, 1, 30, 0, 0, 0], np.int64) * hour
     log = {"time": time, "logged_time": time + late}
     learned, logged = [], []
 
@@ -134,11 +134,11 @@ def test_a_label_that_comes_late_is_learned_with_a_later_day(monkeypatch):
     monkeypatch.setattr(refresh, "_drift", lambda first, now, rows: {"rows": len(rows)})
     lessons = SimpleNamespace(inputs=SimpleNamespace(log=log))
     how = {"cutoff_ms": -1, "seed": 0, "directory": Path()}
-    found = refresh.run(Logs(lessons), ExportConfig(), None, np.arange(8), {}, **how)
-    assert learned == [(1, [0]), (2, [3]), (4, [1, 4, 5])]
-    assert logged == [(0, [0, 1]), (1, [2, 3]), (2, [4]), (2, [5]), (4, [6, 7])]
-    assert [cutoff // hour for _, cutoff in found["cutoffs"]] == [-1, 0, 26, 26, 81]
-    assert [(d["day"], d["rows"]) for d in found["drift"]] == [(1, 1), (2, 1), (4, 3)]
+    found = refresh.run(Logs(lessons), ExportConfig(), None, np.arange(2, 10), {}, **how)
+    assert learned == [(1, [2]), (2, [1, 5]), (4, [3, 6, 7])]
+    assert logged == [(0, [2, 3]), (1, [4, 5]), (2, [6]), (2, [7]), (4, [8, 9])]
+    assert [cutoff // hour for _, cutoff in found["cutoffs"]] == [-1, 0, 30, 30, 81]
+    assert [(d["day"], d["rows"]) for d in found["drift"]] == [(1, 1), (2, 2), (4, 3)]
 
 
 def test_vms_take_refreshed_codes_and_a_leak_is_refused(exported, monkeypatch):

@@ -252,4 +252,10 @@ def test_processes_that_do_not_start_are_said(monkeypatch):
 
 
 def test_sizes_are_named_as_people_say_them():
-    assert [short(x) for x in (999, 1e3, 2.5e6, 1.6e7, 1e9)] == ["999", "1k", "2.5M", "16M", "1B"]
+    assert [short(x) for x in (999, 999.7, 1e3, 2.5e6, 999.7e6)] == [
+        "999",
+        "1k",
+        "1k",
+        "2.5M",
+        "1B",
+    ]

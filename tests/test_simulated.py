@@ -12,6 +12,11 @@ from loopfm_jax.simulated import THREADS, give_threads
     [
         ("--xla_force_host_platform_device_count=999 --xla_cpu_x=1", None, "1000"),
         ("--xla_force_host_platform_device_count=1", None, str(max(2, os.cpu_count() or 1))),
+        (
+            "--xla_force_host_platform_device_count=2 --xla_force_host_platform_device_count=999",
+            None,
+            "1000",
+        ),
         ("--xla_force_host_platform_device_count=999", "7", "7"),
         ("--xla_cpu_x=1", None, None),
     ],

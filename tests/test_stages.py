@@ -301,6 +301,27 @@ def test_a_process_killed_between_the_renames(tmp_path, forget):
     assert files_in(tmp_path) == ALL
 
 
+def test_what_another_revision_made_is_made_again(tmp_path, monkeypatch, forget):
+    work = Work()
+    run(first(tmp_path), work)
+    monkeypatch.setitem(stages.REVISION, "prepare", 999)
+    assert run(first(tmp_path), work)[1] and work.calls == 2
+    assert not run(first(tmp_path), work)[1]
+
+
+def test_what_another_process_made_meanwhile_is_not_made_again(tmp_path, monkeypatch):
+    """Between the look and the lock."""
+    hold, work = stages._hold, Work()
+
+    def late(stage, held):
+        monkeypatch.setattr(stages, "_hold", hold)
+        run(first(tmp_path), Work())
+        hold(stage, held)
+
+    monkeypatch.setattr(stages, "_hold", late)
+    assert not run(first(tmp_path), work)[1] and work.calls == 0
+
+
 def test_two_processes_do_not_make_the_same(tmp_path):
     """Nor does the second clear what the first has written; a process that died holds nothing."""
     stage, inside = first(tmp_path), Work("mine")

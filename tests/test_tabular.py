@@ -142,6 +142,8 @@ def test_fractions_of_seconds_and_zones(tmp_path, csv):
     assert read(["2023-11-15T06:13:20+08:00", "2023-11-14T22:13:20Z"], "iso") == [START_MS] * 2
     day = datetime(2024, 2, 29, tzinfo=UTC).timestamp() * 1000
     assert read(["2024-02-29", "2024-03-01"], "iso") == [day, day + 86_400_000]
+    unpadded = read(["2024-2-29 10:00", "2024-02-29 10:00"], "iso")
+    assert unpadded == [day + 36_000_000] * 2
     for month_or_day_first in ("01/02/2024 10:00", "01-02-2024", "1.2.2024"):
         with pytest.raises(UserError, match="not times in unit 'iso'"):
             read([month_or_day_first, "13/02/2024"], "iso")

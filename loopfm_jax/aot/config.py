@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from loopfm_jax.errors import UserError, check_limits
+from loopfm_jax.errors import UserError, check_limits, check_tuples
 
 ProgramName = Literal["fm-train", "export", "vm-train"]
 
@@ -30,6 +30,7 @@ class CompileConfig:
     """Arithmetic of the dense layers; auto: bfloat16, on CPU float32."""
 
     def __post_init__(self) -> None:
+        check_tuples("compile", self)
         for name in ("topology", "programs"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from loopfm_jax.backbones.layers import Activation, Mlp, Norm, check_dnn
 from loopfm_jax.data.schema import Behaviour, Schema
-from loopfm_jax.errors import UserError, check_limits
+from loopfm_jax.errors import UserError, check_limits, check_tuples
 from loopfm_jax.tables import Embedder, TableConfig
 
 BackboneName = Literal[
@@ -97,6 +97,7 @@ class BackboneConfig:
     """Read behaviour sequences, as pooled fields, in a backbone that could do without them."""
 
     def __post_init__(self) -> None:
+        check_tuples("backbone", self)
         rates = {"dropout": self.dropout, "attention_dropout": self.attention_dropout}
         layers = {
             "hidden": self.hidden,

@@ -5,6 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
+from loopfm_jax.units import GIB
+
 Result = Mapping[str, Any]
 HEAD = ("row", "mode", "ours", "unit", "peer", "theirs", "ratio", "quartiles", "of peak", "GiB")
 DASH = "-"
@@ -53,7 +55,7 @@ def how(result: Result) -> str:
 def _memory(result: Result) -> str:
     """Ours / theirs."""
     peaks = (result.get("peak_rss_bytes"), result.get("peer_peak_rss_bytes"))
-    return " / ".join(f"{peak / 2**30:.1f}" for peak in peaks if peak) or DASH
+    return " / ".join(f"{peak / GIB:.1f}" for peak in peaks if peak) or DASH
 
 
 def number(value: float | None) -> str:

@@ -55,7 +55,7 @@ class GlobalBatches(grain.sources.RandomAccessDataSource):
       rows: row numbers of the window in time order.
       assemble: row numbers [B] -> columns; `weight_B` is added here, 0 of rows that fill a batch
         up, in the last batch those of the one before: what a model notes of a batch (a running
-        mean) is of them, too.
+        mean) is of them, too, and rules that touch the rows of a step (`row_rules`) touch theirs.
       parts: how batches are laid out.
       seating: who stands where; default: rows as they come, in parts of one size.
     """

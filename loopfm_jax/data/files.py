@@ -92,7 +92,7 @@ def read_table(path: Path, columns: Iterable[str], *, rows: slice = ALL) -> pl.D
     Args:
       rows: which of them; of a CSV file, the first ones.
     """
-    if path.suffix not in PARQUET:
+    if path.suffix.lower() not in PARQUET:
         return read_csv(path, columns, count=rows.stop)
     with reading(path):
         require_columns(pl.read_parquet_schema(path), columns, where=path)
@@ -103,7 +103,7 @@ def read_table(path: Path, columns: Iterable[str], *, rows: slice = ALL) -> pl.D
 
 def row_parts(path: Path, size: int) -> list[slice]:
     """A file in parts that `read_table` takes, of `size` rows where it is a Parquet file."""
-    if path.suffix not in PARQUET:
+    if path.suffix.lower() not in PARQUET:
         return [ALL]
     with reading(path):
         count = pl.scan_parquet(path, glob=False).select(pl.len()).collect().item()

@@ -30,7 +30,7 @@ def collapse_groups(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def order_log(frame: pl.DataFrame, *, truth: Collection[str] = ()) -> pl.Series:
-    """Row numbers by time and key, then by lots that are drawn by the time.
+    """Row numbers by time and key, then by lots.
 
     truth: columns that, as the label, have no say in which row gets which lot, unless nothing else
       tells two rows apart.
@@ -38,17 +38,20 @@ def order_log(frame: pl.DataFrame, *, truth: Collection[str] = ()) -> pl.Series:
     by, told_last = ("time", "key"), ("label", *truth)
     names = sorted(frame.columns, key=lambda name: name in told_last)
     order = order_rows(frame.select(names), by=by).to_numpy().copy()
-    run = _runs([frame[name].gather(order) for name in by])
+    time, key = (frame[name].gather(order) for name in by)
+    run, times = _runs([time, key]), time.to_numpy()
     tied = np.flatnonzero(_repeated(run))
-    time, run = frame["time"].gather(order[tied]).to_numpy(), run[tied]
-    lot = _lots(time, tied - tied[np.searchsorted(run, run)])
-    order[tied] = order[tied][np.lexsort((lot, run))]
+    key_at_time = run[tied] - run[np.searchsorted(times, times[tied])]
+    place = tied - tied[np.searchsorted(run[tied], run[tied])]
+    lot = _lots(times[tied], key_at_time, place)
+    order[tied] = order[tied][np.lexsort((lot, run[tied]))]
     return pl.Series(order)
 
 
-def _lots(time: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """What SplitMix64, seeded with the time, draws at this place."""
-    x = time.astype(np.uint64) + (place + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+def _lots(time: np.ndarray, key_at_time: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """What SplitMix64, seeded with the time, draws for a place of one of the keys there."""
+    number = (key_at_time.astype(np.uint64) << np.uint64(32)) + (place + 1).astype(np.uint64)
+    x = time.astype(np.uint64) + number * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -15,7 +15,7 @@ from loopfm_jax.identity import sha256
 
 MS_PER = {"s": 1000.0, "ms": 1.0}
 PER_MS = {"us": 1000, "ns": 1_000_000}
-YEAR_FIRST = r"^\s*\d{4}[-/]?\d{2}[-/]?\d{2}"
+YEAR_FIRST = r"^\s*\d{4}([-/.]\d|\d{4})"
 """Of other dates nobody knows which number is the month."""
 ROLES = ("key", "time", "label", "group", "logged_time")
 """Names of the columns that steer everything; a feature of such a name would be overwritten."""
@@ -211,7 +211,7 @@ class TabularLog:
                 if not match.name.lower().endswith((*CSV, *PARQUET)):
                     raise UserError(
                         f"{match} is not a table that can be read; data.files takes .csv, .csv.gz "
-                        "and .parquet files: convert it first"
+                        "and .parquet files: rename or convert it"
                     )
             found.extend(matches)
         return list(dict.fromkeys(found))

@@ -27,7 +27,7 @@ from flax import nnx, struct
 
 from loopfm_jax import sharding
 from loopfm_jax.backbones.layers import dense
-from loopfm_jax.errors import UserError, check_limits
+from loopfm_jax.errors import UserError, check_limits, check_tuples
 
 MOMENTUM, EPSILON = 0.99, 1e-8
 GAIN = 0.8
@@ -52,6 +52,7 @@ class CompressorConfig:
     """Of the autoencoder's loss beside the FM's; no gradient is shared."""
 
     def __post_init__(self) -> None:
+        check_tuples("compressor", self)
         hidden = {f"hidden[{i}]": width for i, width in enumerate(self.hidden)}
         check_limits("compressor", {"width": self.width} | hidden, low=1)
         outside = [p for p in self.prefixes if not 1 <= p <= self.width]

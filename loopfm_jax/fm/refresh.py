@@ -69,7 +69,8 @@ def run(
     log = first.lessons.inputs.log
     starts = day_starts(log["time"][rows], hours=config.refresh_hours)
     cutoffs, drift, exporter = [], [], replace(first, learner=first.model)
-    waiting = rows[:0]  # for their labels
+    # For their labels: those of before, too, whom the frozen FM did not learn.
+    waiting = np.flatnonzero(log["logged_time"][: rows[0]] >= log["time"][rows[0]])
     for day, (start, stop) in enumerate(zip(starts, [*starts[1:], len(rows)], strict=True)):
         now_ms = int(log["time"][rows[start]])
         if day:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from loopfm_jax.errors import UserError, check_limits
+from loopfm_jax.errors import UserError, check_limits, check_tuples
 
 Sweep = Literal["fm", "vm", "tables"]
 MIN_ROWS, MAX_ROWS = 1000, 2_000_000_000
@@ -36,6 +36,7 @@ class ScaleConfig:
     """What a point may need; 0: what the machine has free."""
 
     def __post_init__(self) -> None:
+        check_tuples("scale", self)
         sizes = {f"sizes[{i}]": size for i, size in enumerate(self.sizes)}
         rows = {f"rows[{i}]": count for i, count in enumerate(self.rows)}
         rows["table_rows"] = self.table_rows

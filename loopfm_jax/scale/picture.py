@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from loopfm_jax.scale.law import Law
 from loopfm_jax.svg import RC, SERIES, WIDTH, render, standalone
-from loopfm_jax.units import short
+from loopfm_jax.units import GIB, short
 
 Sweep = Mapping[str, Any]
 LOOKS = {"fm": SERIES[0], "vm": SERIES[3], "tables": SERIES[4]}
@@ -86,8 +86,8 @@ def _memory(axes: Axes, sweeps: Mapping[str, Sweep]) -> None:
     every: list[float] = []
     for name, sweep in sweeps.items():
         size, held = _columns(sweep, "dense", "memory_bytes")
-        _line(axes, name, size, held / 2**30)
-        every += list(held / 2**30)
+        _line(axes, name, size, held / GIB)
+        every += list(held / GIB)
     _log_x(axes, "dense parameters")
     if every:
         _log_y(axes, min(every), max(every), lambda y, _: f"{y:g}")

@@ -11,7 +11,7 @@ from loopfm_jax.bench.report import number
 from loopfm_jax.report import pipes, replace_file, text_of
 from loopfm_jax.report_parts import DASH, Grid
 from loopfm_jax.scale import picture
-from loopfm_jax.units import short
+from loopfm_jax.units import GIB, short
 
 Found = Mapping[str, Any]
 COLUMNS = (
@@ -85,7 +85,7 @@ def _line(name: str, point: Found) -> list[str]:
         number(point["tokens_s"]),
         number(1e3 * point["step_s"]),
         DASH if mfu is None else f"{mfu:.0%}",
-        DASH if memory is None else f"{memory / 2**30:.2f}",
+        DASH if memory is None else f"{memory / GIB:.2f}",
     ]
 
 
