@@ -124,8 +124,7 @@ def train(
     graphdef, state, shardings = create(task.build, optimiser, mesh, seed, fsdp=config.fsdp)
     state = replace(state, rest=with_pretrained(state.rest, pretrained or {}, shardings.rest))
     if start is not None:
-        params, rest = jax.tree.map(jnp.copy, _parts(start))  # the step donates what it is given
-        state = jax.device_put(replace(state, params=params, rest=rest), shardings)
+        state = _gone_on(start, state, shardings)
     step = make_step(task, optimiser, graphdef, shardings, dtype=config.dtype)
     batches, waiting = iterate(source), Waiting()
     with checkpoint.Saver(directory, every=config.checkpoint_steps) as saver:
@@ -141,14 +140,19 @@ def train(
                     curve.add(n, numbers)
                     advance(config.order.batch)
                     if saver.due(n + 1) and n + 1 < len(source):
-                        past = curve.flush()
                         _check_finite(state.params, n + 1)
-                        saver.save(n + 1, state, batches, past)
+                        saver.save(n + 1, state, batches, curve.flush())
                 curve.flush()
                 _check_finite(state.params, len(source))
     model = nnx.merge(graphdef, state.params, state.rest)
     measured = {"examples_per_s": curve.examples_per_s(), "wait_share": waiting.share()}
     return Trained(model, count(state.params), curve.points, measured)
+
+
+def _gone_on(start: nnx.Module, state: State, shardings: State) -> State:
+    """A fresh state with the numbers of a model."""
+    params, rest = jax.tree.map(jnp.copy, _parts(start))  # the step donates what it is given
+    return jax.device_put(replace(state, params=params, rest=rest), shardings)
 
 
 def create(

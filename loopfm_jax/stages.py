@@ -5,26 +5,22 @@ configuration, the content hash of every input's manifest and sha256 and size of
 flipped bit, a half-copied folder or a mix of two runs is found before a model reads it.
 """
 
-import fcntl
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from loopfm_jax import processes
+from loopfm_jax import attempt, processes
+from loopfm_jax.attempt import Stage
 from loopfm_jax.errors import UserError
 from loopfm_jax.identity import as_stored, differences, fingerprints, long_digest, sha256
 
 MANIFEST = "manifest.json"
-MARK, CHECKPOINTS = "attempt.json", "checkpoints"
-"""In an unfinished stage: what it is being made from, and where it may go on."""
 COMMANDS = {"data": "prepare", "teacher": "train-fm", "export": "export", "history": "structure"}
 """Folder name -> the command that fills it; every other folder is a VM's, or of a study, which
 has a folder per command."""
@@ -41,37 +37,6 @@ SHARED_S = 120
 Report = dict[str, Any]
 Work = Callable[[Path], Report]
 """Fills a folder and returns the facts about it."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of the flow."""
-
-    command: str
-    """The command that makes it: prepare, train-fm, .."""
-    directory: Path
-    config: Mapping[str, Any]
-    """Everything in the configuration that decides the result."""
-    inputs: Mapping[str, Path] = field(default_factory=dict)
-    """Stage folders it reads."""
-    sources: Mapping[str, str] = field(default_factory=dict)
-    """Raw files it reads: name -> sha256."""
-    resumable: bool = False
-    """Keep the folder `checkpoints` of an interrupted attempt, for `work` to go on from."""
-
-    @property
-    def partial(self) -> Path:
-        return self.directory.with_name(f".{self.directory.name}.partial")
-
-    @property
-    def old(self) -> Path:
-        """Where the result before this one waits until the new one is in its place."""
-        return self.directory.with_name(f".{self.directory.name}.old")
-
-    @property
-    def lock(self) -> Path:
-        """Held by who makes it."""
-        return self.directory.with_name(f".{self.directory.name}.lock")
 
 
 def run(
@@ -97,7 +62,7 @@ def run(
     if manifest is not None:
         return manifest, False
     with ExitStack() as held:
-        processes.first(lambda: _hold(stage, held))
+        processes.first(lambda: attempt.hold(stage, held))
         manifest, identity = processes.first(lambda: _look(stage, force=force))
         if manifest is not None:  # by another process, meanwhile
             return manifest, False
@@ -122,33 +87,11 @@ def _look(stage: Stage, *, force: bool) -> tuple[Report | None, Report]:
     return None, identity
 
 
-def _hold(stage: Stage, held: ExitStack) -> None:
-    """Until `held` closes or the process dies: two would clear each other's files."""
-    stage.lock.parent.mkdir(parents=True, exist_ok=True)
-    file = held.enter_context(stage.lock.open("w"))
-    if _taken(file, stage.lock):
-        raise UserError(
-            f"another process is making {stage.directory}: wait for it, or use another --workdir"
-        )
-    held.callback(stage.lock.unlink, missing_ok=True)
-
-
-def _taken(file: IO[str], lock: Path) -> bool:
-    """Whether another process holds the lock, or has just removed it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return not os.path.samefile(file.fileno(), lock)
-    except (BlockingIOError, FileNotFoundError):
-        return True
-    except OSError:
-        return False  # of a file system without locks nobody knows
-
-
 def _make(stage: Stage, work: Work, identity: Report, *, together: bool) -> Report:
     """Works in the hidden folder, and removes it on failure unless there is a way to go on."""
     started = time.monotonic()
     try:
-        processes.first(lambda: _open_partial(stage, identity))
+        processes.first(lambda: attempt.open_partial(stage, identity))
         if together:
             facts = work(stage.partial)
             processes.wait()  # until all have written what is theirs
@@ -157,14 +100,14 @@ def _make(stage: Stage, work: Work, identity: Report, *, together: bool) -> Repo
         return processes.first(lambda: _finish(stage, identity, facts, started))
     except BaseException:
         if processes.leads():
-            _clear(stage)
+            attempt.clear(stage)
         raise
 
 
 def _finish(stage: Stage, identity: Report, facts: Report, started: float) -> Report:
     """Writes the manifest and puts the folder in its place."""
     measured = facts.pop("measured", {})
-    (stage.partial / MARK).unlink()
+    (stage.partial / attempt.MARK).unlink()
     made = {
         "stage": stage.command,
         **identity,
@@ -176,7 +119,7 @@ def _finish(stage: Stage, identity: Report, facts: Report, started: float) -> Re
     }
     manifest = _sealed(made)
     (stage.partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    _replace(stage)
+    attempt.put_in_place(stage)
     return manifest
 
 
@@ -290,40 +233,6 @@ def _refuse_foreign(directory: Path) -> None:
                 f"{directory} is in the way: it has no {MANIFEST}, so no stage made it or it was "
                 "damaged; remove it or choose another --workdir"
             )
-
-
-def _open_partial(stage: Stage, identity: Report) -> None:
-    mark = stage.partial / MARK
-    text = json.dumps(identity, sort_keys=True)
-    if not (mark.exists() and mark.read_text() == text):
-        shutil.rmtree(stage.partial, ignore_errors=True)
-    _clear(stage)
-    stage.partial.mkdir(parents=True, exist_ok=True)
-    mark.write_text(text)
-
-
-def _clear(stage: Stage) -> None:
-    """Leaves of an attempt what can be gone on from: its checkpoints, or nothing."""
-    checkpoints, mark = stage.partial / CHECKPOINTS, stage.partial / MARK
-    kept = (checkpoints, mark) if stage.resumable and mark.exists() and _any(checkpoints) else ()
-    for path in stage.partial.glob("*"):
-        if path not in kept:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
-    if not kept:
-        shutil.rmtree(stage.partial, ignore_errors=True)
-
-
-def _any(folder: Path) -> bool:
-    return any(p.is_file() for p in folder.rglob("*"))
-
-
-def _replace(stage: Stage) -> None:
-    """Two renames: whenever the process dies, the folder is complete or is not there."""
-    shutil.rmtree(stage.old, ignore_errors=True)
-    if stage.directory.exists():
-        stage.directory.rename(stage.old)
-    stage.partial.rename(stage.directory)
-    shutil.rmtree(stage.old, ignore_errors=True)
 
 
 def _relative(inputs: Mapping[str, Path], directory: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from loopfm_jax import processes, stages
+from loopfm_jax import attempt, processes, stages
 from loopfm_jax.errors import UserError
 from loopfm_jax.identity import differences
 from loopfm_jax.stages import Report, Stage, run, verify
@@ -257,14 +257,14 @@ def test_a_resumable_attempt_is_kept_for_the_same_work(tmp_path):
     (stage.partial / "half-written.tmp").write_text("by a process that was killed")
 
     def go_on(folder: Path) -> Report:
-        assert files_in(folder) == [stages.MARK, "checkpoints/7"]
+        assert files_in(folder) == [attempt.MARK, "checkpoints/7"]
         assert (folder / "checkpoints" / "7").read_text() == "half"
         (folder / "checkpoints" / "7").unlink()
         return {}
 
     made, _ = run(stage, go_on)
     assert made["files"] == {}
-    assert not stage.partial.exists() and not (stage.directory / stages.MARK).exists()
+    assert not stage.partial.exists() and not (stage.directory / attempt.MARK).exists()
 
 
 def test_a_resumable_attempt_at_something_else_is_not_gone_on_with(tmp_path):
@@ -273,7 +273,7 @@ def test_a_resumable_attempt_at_something_else_is_not_gone_on_with(tmp_path):
         run(stage, Work(error=KeyboardInterrupt()))
 
     def fresh(folder: Path) -> Report:
-        assert files_in(folder) == [stages.MARK]
+        assert files_in(folder) == [attempt.MARK]
         return {}
 
     run(replace(stage, config={"rows": 12}), fresh)
@@ -311,14 +311,14 @@ def test_what_another_revision_made_is_made_again(tmp_path, monkeypatch, forget)
 
 def test_what_another_process_made_meanwhile_is_not_made_again(tmp_path, monkeypatch):
     """Between the look and the lock."""
-    hold, work = stages._hold, Work()
+    hold, work = attempt.hold, Work()
 
     def late(stage, held):
-        monkeypatch.setattr(stages, "_hold", hold)
+        monkeypatch.setattr(attempt, "hold", hold)
         run(first(tmp_path), Work())
         hold(stage, held)
 
-    monkeypatch.setattr(stages, "_hold", late)
+    monkeypatch.setattr(attempt, "hold", late)
     assert not run(first(tmp_path), work)[1] and work.calls == 0
 
 
